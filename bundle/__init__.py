@@ -1,0 +1,7 @@
+"""Patch2Loc for MONAI: brain lesions found by a network that has only ever learned where healthy patches belong.
+
+One room per stage, imports in one direction only:
+``data`` -> ``transforms`` -> ``networks``, ``losses`` -> ``scoring`` -> ``inference`` -> ``metrics`` -> ``reports``.
+"""
+
+__version__ = "0.1.0"

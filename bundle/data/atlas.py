@@ -1,0 +1,67 @@
+"""The atlas: the MNI152 2009a anatomy that nilearn carries, and the grid in its space on which everything is compared."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple, Sequence
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from bundle.errors import InputError
+
+
+def grid_affine(spacing: float, spatial_size: Sequence[int], center: Sequence[float]) -> np.ndarray:
+    """Affine of an RAS grid of cubic voxels, centred in the atlas.
+
+    Args:
+        spacing: edge of a voxel, mm.
+        spatial_size: voxels along right, anterior, superior.
+        center: atlas coordinates (mm, RAS) of the middle of the grid. Grids of one extent and centre but different
+            spacing share their outer edges, so that a coarse voxel covers whole fine ones.
+
+    Returns:
+        4x4 matrix, voxel index to mm.
+    """
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = np.asarray(center, float) - (np.asarray(spatial_size, float) - 1) / 2 * spacing
+    return affine
+
+
+class Atlas(NamedTuple):
+    """A template and its brain, on one grid, as ``[1, X, Y, Z]`` with affine in RAS mm."""
+
+    template: MetaTensor
+    brain_mask: MetaTensor
+
+
+def _from_nifti(image: nib.Nifti1Image) -> MetaTensor:
+    data = torch.as_tensor(np.asanyarray(image.dataobj, dtype=np.float32))[None]
+    return MetaTensor(data, affine=torch.as_tensor(image.affine))
+
+
+@lru_cache(maxsize=4)
+def load_atlas(template_file: str | None = None, mask_file: str | None = None, spacing: int = 2) -> Atlas:
+    """The default atlas (MNI152 2009a symmetric T1w, from the nilearn wheel) or any skull-stripped template file.
+
+    Args:
+        template_file: NIfTI template of a head or a brain; None for MNI152.
+        mask_file: its brain mask; None: every voxel of the template above zero.
+        spacing: mm, of the default atlas only.
+
+    Raises:
+        InputError: the template file cannot be read.
+    """
+    if template_file is None:
+        from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
+
+        template = _from_nifti(load_mni152_template(resolution=spacing))
+        return Atlas(template, _from_nifti(load_mni152_brain_mask(resolution=spacing)))
+    try:
+        template = _from_nifti(nib.load(template_file))
+        mask = _from_nifti(nib.load(mask_file)) if mask_file else MetaTensor((template > 0).float(), meta=template.meta)
+    except (OSError, nib.filebasedimages.ImageFileError) as error:
+        raise InputError(f"{template_file}: the atlas cannot be read ({error}); give a NIfTI template") from error
+    return Atlas(template, mask)

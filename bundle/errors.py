@@ -1,0 +1,65 @@
+"""Mistakes a user can make, told in one line."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from types import TracebackType
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. The message names the file (or setting) and the remedy, in one line.
+
+    Args:
+        message: one line for the user.
+        exit_code: exit status of the process when the error reaches the top.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code
+
+    def __reduce__(self):
+        return type(self), (self.message, self.exit_code)
+
+
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """Return the `InputError` at the root of ``error``; MONAI's ``Compose`` wraps what its transforms raise."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, InputError):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def explain(error: BaseException) -> str:
+    """One line for ``error``: the user's message where there is one, else the root cause's type and text."""
+    known = find_input_error(error)
+    if known is not None:
+        return known.message
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _one_line_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    known = find_input_error(error)
+    if known is None:
+        traceback.print_exception(kind, error, trace)
+    else:
+        print(f"error: {known.message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # the interpreter would otherwise exit with 1 after an excepthook
+        raise SystemExit(known.exit_code)
+
+
+def report_in_one_line() -> None:
+    """Make an uncaught `InputError` end the process with one line on stderr and its own exit code.
+
+    The configs call this in ``initialize``: ``python -m monai.bundle run`` has no other place for it.
+    """
+    sys.excepthook = _one_line_hook

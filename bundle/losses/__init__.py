@@ -1,0 +1,3 @@
+from .location import BetaNLLLoss, FaithfulLoss, LocationLoss, LocationMSELoss
+
+__all__ = ["BetaNLLLoss", "FaithfulLoss", "LocationLoss", "LocationMSELoss"]

@@ -1,0 +1,4 @@
+from .patch_locator import PatchLocator
+from .resnet_patch_locator import ResNetPatchLocator
+
+__all__ = ["PatchLocator", "ResNetPatchLocator"]

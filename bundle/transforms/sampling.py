@@ -1,0 +1,153 @@
+"""Sampling: volumes to axial slices, slices to patches with the place they come from.
+
+Units. A patch of ``p x p`` voxels that starts at row ``i`` of a slice of ``H`` rows lies at row ``(i + p/2) / H``:
+the fraction of the slice's extent, 0 at the outer edge of the first voxel and 1 at that of the last; columns alike.
+Slice ``k`` of ``D`` has the slice position ``(k + 0.5) / D``. Rows run left to right, columns back to front (RAS).
+"""
+
+from __future__ import annotations
+
+from typing import Hashable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable
+
+
+def slice_position(index: int | torch.Tensor, depth: int) -> float | torch.Tensor:
+    """Position of axial slice ``index`` among ``depth`` slices, in [0, 1]."""
+    return (index + 0.5) / depth
+
+
+def patch_centers(start: torch.Tensor, patch_size: int, extent: int) -> torch.Tensor:
+    """Centres, as fractions of ``extent`` voxels, of the patches whose first voxel is ``start``."""
+    return (start + patch_size / 2) / extent
+
+
+def patch_brain_share(image: torch.Tensor, patch_size: int, stride: int = 1) -> torch.Tensor:
+    """Share of brain voxels (intensity > 0) in every patch of ``[B, 1, H, W]``: ``[B, 1, H', W']``."""
+    return F.avg_pool2d((image > 0).float(), patch_size, stride)
+
+
+class AxialSlicesd(MapTransform):
+    """Take axial slices, evenly spread over those that hold brain: one dictionary per slice.
+
+    Each holds ``image`` ``[2, H, W]``: the intensity, and a plane filled with the slice position.
+
+    Args:
+        keys: the volume ``[1, H, W, D]``.
+        num_slices: how many.
+        min_brain_share: slices with a smaller share of brain voxels are not considered.
+    """
+
+    def __init__(self, keys: str = "image", num_slices: int = 1, min_brain_share: float = 0.02) -> None:
+        super().__init__(keys)
+        self.num_slices, self.min_brain_share = num_slices, min_brain_share
+
+    def choose(self, candidates: torch.Tensor) -> torch.Tensor:
+        """Pick ``num_slices`` of the slice indices ``candidates``."""
+        return candidates[torch.linspace(0, len(candidates) - 1, self.num_slices).round().long()]
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> list[dict[Hashable, torch.Tensor]]:
+        volume = data[self.keys[0]]
+        volume = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+        share = (volume[0] > 0).float().mean((0, 1))
+        candidates = torch.nonzero(share >= min(self.min_brain_share, float(share.max())))[:, 0]
+        slices = []
+        for k in self.choose(candidates).tolist():
+            image = volume[:, :, :, k]
+            plane = torch.full_like(image, slice_position(k, volume.shape[-1]))
+            slices.append({self.keys[0]: torch.cat([image, plane])})
+        return slices
+
+
+class RandAxialSlicesd(AxialSlicesd, Randomizable):
+    """Take ``num_slices`` axial slices at random (with replacement) instead of evenly spread ones."""
+
+    def choose(self, candidates: torch.Tensor) -> torch.Tensor:
+        return candidates[torch.as_tensor(self.R.randint(0, len(candidates), self.num_slices))]
+
+
+class RandPatchesd(MapTransform, Randomizable):
+    """Cut random patches out of a slice, as the paper does: one dictionary per patch.
+
+    Patches are drawn evenly from those whose brain share is at least ``min_brain_share``; a slice without any gives
+    patches of weight 0. Each dictionary holds ``image`` ``[2, p, p]`` and ``label`` ``[3, 1, 1]``: row and column of
+    the patch's centre (fractions of the slice) and the weight.
+
+    Args:
+        keys: the slice ``[2, H, W]``.
+        label_key: where the location goes; MONAI's engines expect it in "label".
+        patch_size: p, voxels.
+        num_patches: per slice.
+        min_brain_share: in [0, 1].
+    """
+
+    def __init__(
+        self,
+        keys: str = "image",
+        label_key: str = "label",
+        patch_size: int = 24,
+        num_patches: int = 64,
+        min_brain_share: float = 0.2,
+    ) -> None:
+        super().__init__(keys)
+        self.label_key, self.patch_size = label_key, patch_size
+        self.num_patches, self.min_brain_share = num_patches, min_brain_share
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> list[dict[Hashable, torch.Tensor]]:
+        image, p = data[self.keys[0]], self.patch_size
+        valid = patch_brain_share(image[None, :1], p)[0, 0] >= self.min_brain_share
+        starts = torch.nonzero(valid)
+        weight = float(len(starts) > 0)
+        if not weight:
+            starts = torch.zeros(1, 2, dtype=torch.long)
+        patches = []
+        for i, j in starts[torch.as_tensor(self.R.randint(0, len(starts), self.num_patches))].tolist():
+            label = torch.tensor([(i + p / 2) / image.shape[1], (j + p / 2) / image.shape[2], weight])
+            patches.append({self.keys[0]: image[:, i : i + p, j : j + p], self.label_key: label[:, None, None]})
+        return patches
+
+
+class DenseLocationsd(MapTransform, Randomizable):
+    """Keep the slice whole and give it the location of every patch that the network will see in it at ``stride``.
+
+    The fully convolutional `PatchLocator` then learns from all patches of a slice in one pass. ``label`` is
+    ``[3, H', W']`` as in `RandPatchesd`, weight 0 where the brain share is too small.
+
+    Args:
+        keys: the slice ``[2, H, W]``.
+        label_key, patch_size, min_brain_share: as in `RandPatchesd`.
+        stride: of the network's output, voxels.
+        random_offset: crop up to ``stride - 1`` first rows and columns at random, so that every position is learned.
+    """
+
+    def __init__(
+        self,
+        keys: str = "image",
+        label_key: str = "label",
+        patch_size: int = 24,
+        stride: int = 4,
+        min_brain_share: float = 0.2,
+        random_offset: bool = True,
+    ) -> None:
+        super().__init__(keys)
+        self.label_key, self.patch_size, self.stride = label_key, patch_size, stride
+        self.min_brain_share, self.random_offset = min_brain_share, random_offset
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        image, p, s = data[self.keys[0]], self.patch_size, self.stride
+        offset = self.R.randint(0, s, 2).tolist() if self.random_offset else [0, 0]
+        # one size for every offset, so that slices can be stacked to a batch
+        size = [(n - p - (s - 1)) // s * s + p if self.random_offset else n for n in image.shape[1:]]
+        window = image[:, offset[0] : offset[0] + size[0], offset[1] : offset[1] + size[1]]
+        valid = patch_brain_share(window[None, :1], p, s)[0] >= self.min_brain_share
+        rows, cols = (
+            patch_centers(o + s * torch.arange(n), p, extent)
+            for o, n, extent in zip(offset, valid.shape[1:], image.shape[1:])
+        )
+        location = torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
+        return {self.keys[0]: window, self.label_key: torch.cat([location, valid.float()])}
+
+

@@ -1,0 +1,189 @@
+"""Geometry: from the scan's own space to the atlas grid, and back."""
+
+from __future__ import annotations
+
+from typing import Hashable, Mapping, Sequence
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.networks.layers import GaussianFilter
+from monai.transforms import InvertibleTransform, MapTransform, SpatialResample
+from monai.utils import ensure_tuple_rep
+
+from bundle.data.atlas import Atlas, grid_affine, load_atlas
+from bundle.errors import InputError
+
+_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+class ResampleToGrid(SpatialResample):
+    """Resample a volume once, from whatever voxels it has, to the atlas grid. Invertible.
+
+    Where the grid is coarser than the scan, the scan is first smoothed to the grid's resolution (a Gaussian whose
+    full width at half maximum makes up the difference), so that a 1 mm scan sampled at 2 mm looks like a 2 mm scan
+    instead of carrying the noise of every eighth voxel.
+
+    Args:
+        spacing: mm.
+        spatial_size: voxels of the grid.
+        center: of the grid, atlas mm.
+        mode: "bilinear" or "nearest" (labels; never smoothed).
+    """
+
+    def __init__(
+        self, spacing: float, spatial_size: Sequence[int], center: Sequence[float], mode: str = "bilinear"
+    ) -> None:
+        super().__init__(mode=mode, padding_mode="zeros", align_corners=True, dtype=torch.float32)
+        self.spacing = float(spacing)
+        self.spatial_size = tuple(spatial_size)
+        self.grid_affine = torch.as_tensor(grid_affine(spacing, spatial_size, center))
+
+    def __call__(self, img: MetaTensor) -> MetaTensor:  # type: ignore[override]
+        if self.mode == "bilinear":
+            voxel = np.linalg.norm(np.asarray(img.affine)[:3, :3], axis=0)
+            fwhm = np.sqrt(np.maximum(self.spacing**2 - voxel**2, 0)) / voxel
+            if (fwhm > 0.1).any():
+                img = img.clone()
+                img.set_(GaussianFilter(3, (fwhm / 2.355).tolist())(img.as_tensor()[None].float())[0])
+        return super().__call__(img, dst_affine=self.grid_affine, spatial_size=self.spatial_size)
+
+
+class ResampleToGridd(MapTransform, InvertibleTransform):
+    """Dictionary form of `ResampleToGrid`; ``mode`` may be one for all keys or one per key."""
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: float,
+        spatial_size: Sequence[int],
+        center: Sequence[float],
+        mode: str | Sequence[str] = "bilinear",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        modes = ensure_tuple_rep(mode, len(self.keys))
+        self.resamplers = {k: ResampleToGrid(spacing, spatial_size, center, m) for k, m in zip(self.keys, modes)}
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.resamplers[key](d[key])
+        return d
+
+    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            d[key] = self.resamplers[key].inverse(d[key])
+        return d
+
+
+def _to_sitk(image: MetaTensor, pixel_type: type = np.float32) -> sitk.Image:
+    """``[1, X, Y, Z]`` with an RAS affine to an ITK image (LPS)."""
+    affine = _LPS @ np.asarray(image.affine, float)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    out = sitk.GetImageFromArray(np.ascontiguousarray(image[0].cpu().numpy().T.astype(pixel_type)))
+    out.SetSpacing(spacing.tolist())
+    out.SetOrigin(affine[:3, 3].tolist())
+    out.SetDirection((affine[:3, :3] / spacing).flatten().tolist())
+    return out
+
+
+def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, seed: int = 0) -> np.ndarray:
+    """Affine registration, brain to brain: Mattes mutual information in three resolutions, started from the masks.
+
+    Args:
+        image: scan ``[1, X, Y, Z]``, any contrast, RAS affine.
+        brain_mask: its brain, on the same grid.
+        atlas: template and brain mask.
+        seed: of the metric's random sampling.
+
+    Returns:
+        4x4 matrix (RAS mm) from the scan's world to the atlas' world.
+
+    Raises:
+        InputError: ITK found no overlap or no optimum.
+    """
+    fixed, fixed_mask = _to_sitk(atlas.template * atlas.brain_mask), _to_sitk(atlas.brain_mask, np.uint8)
+    moving, moving_mask = _to_sitk(image * brain_mask), _to_sitk(brain_mask, np.uint8)
+    start = sitk.CenteredTransformInitializer(
+        sitk.Cast(fixed_mask, sitk.sitkFloat32),
+        sitk.Cast(moving_mask, sitk.sitkFloat32),
+        sitk.AffineTransform(3),
+        sitk.CenteredTransformInitializerFilter.MOMENTS,
+    )
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(32)
+    # brain and a rim around it: the outline of the brain is the strongest guide an affine transform has
+    method.SetMetricFixedMask(sitk.BinaryDilate(fixed_mask, (3, 3, 3)))
+    method.SetMetricSamplingStrategy(method.RANDOM)
+    method.SetMetricSamplingPercentagePerLevel([0.5, 0.3, 0.2], seed)
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 150, relaxationFactor=0.6)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetShrinkFactorsPerLevel([4, 2, 1])
+    method.SetSmoothingSigmasPerLevel([4, 2, 1])
+    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
+    method.SetInitialTransform(sitk.AffineTransform(start), inPlace=False)
+    try:
+        found = method.Execute(fixed, moving)
+    except RuntimeError as error:
+        raise InputError(f"alignment to the atlas failed: {str(error).strip().splitlines()[-1]}") from error
+    found = sitk.AffineTransform(found.GetNthTransform(0) if isinstance(found, sitk.CompositeTransform) else found)
+    atlas_to_scan = np.eye(4)
+    matrix, c = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
+    atlas_to_scan[:3, :3], atlas_to_scan[:3, 3] = matrix, np.array(found.GetTranslation()) + c - matrix @ c
+    return np.linalg.inv(_LPS @ atlas_to_scan @ _LPS)
+
+
+class AlignToAtlasd(MapTransform, InvertibleTransform):
+    """Bring scans into the atlas' world by changing their affine; no voxel is touched, so nothing is lost.
+
+    The registration is found once, from ``image_key`` and ``mask_key``, and given to every key. The inverse puts the
+    scan's own affine back.
+
+    Args:
+        keys: volumes to move (``[1, X, Y, Z]``, one world).
+        image_key: the scan to register.
+        mask_key: its brain mask.
+        method: "affine" (register) or "none" (the scan is already in atlas space).
+        template_file: other template than MNI152, see `load_atlas`.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        image_key: str = "image",
+        mask_key: str = "brain_mask",
+        method: str = "affine",
+        template_file: str | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        if method not in ("affine", "none"):
+            raise InputError(f"alignment '{method}' is unknown: use 'affine' or 'none'")
+        self.image_key, self.mask_key, self.method, self.template_file = image_key, mask_key, method, template_file
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        if self.method == "none":
+            return d
+        scan_to_atlas = register_to_atlas(d[self.image_key], d[self.mask_key], load_atlas(self.template_file))
+        for key in self.key_iterator(d):
+            image = d[key].clone()
+            scan_affine = image.affine.clone()
+            image.affine = torch.as_tensor(scan_to_atlas) @ scan_affine
+            self.push_transform(image, extra_info={"scan_affine": scan_affine.tolist()})
+            d[key] = image
+        return d
+
+    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        d = dict(data)
+        if self.method == "none":
+            return d
+        for key in self.key_iterator(d):
+            info = self.pop_transform(d[key])["extra_info"]
+            d[key].affine = torch.as_tensor(info["scan_affine"], dtype=torch.float64)
+        return d
