@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.transforms import ResampleToMatch
 
 from bundle.errors import InputError
 
@@ -65,3 +66,10 @@ def load_atlas(template_file: str | None = None, mask_file: str | None = None, s
     except (OSError, nib.filebasedimages.ImageFileError) as error:
         raise InputError(f"{template_file}: the atlas cannot be read ({error}); give a NIfTI template") from error
     return Atlas(template, mask)
+
+
+def atlas_overlap(brain_mask: MetaTensor, atlas: Atlas) -> float:
+    """Dice of a brain mask ``[1, X, Y, Z]`` and the atlas' within the mask's field of view; 1 is perfect."""
+    expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(atlas.brain_mask, img_dst=brain_mask) > 0
+    inside = brain_mask > 0
+    return float(2 * (inside & expected).sum() / (inside.sum() + expected.sum()))

@@ -21,7 +21,7 @@ def plan_layers(patch_size: int) -> list[tuple[int, int]]:
     size = patch_size
     while size > 5:
         if size % 2:
-            raise ValueError(f"patch_size {patch_size} cannot be halved evenly; use 8, 12, 16, 20, 24, 32, 40 or 48")
+            raise ValueError(f"patch_size {patch_size} cannot be halved evenly; use 8, 12, 16, 20, 24, 28, 32 or 36")
         size = (size - 4) // 2
         layers += [(3, 1), (3, 1), (2, 2)]
     if not layers:

@@ -1,0 +1,19 @@
+from .brain import BrainMaskd
+from .intensity import NormalizeBrainIntensityd
+from .outside import FillOutsided, MaskOutsided
+from .sampling import AxialSlicesd, DenseLocationsd, RandAxialSlicesd, RandPatchesd
+from .spatial import AlignToAtlasd, ResampleToGrid, ResampleToGridd
+
+__all__ = [
+    "AlignToAtlasd",
+    "AxialSlicesd",
+    "BrainMaskd",
+    "DenseLocationsd",
+    "FillOutsided",
+    "MaskOutsided",
+    "NormalizeBrainIntensityd",
+    "RandAxialSlicesd",
+    "RandPatchesd",
+    "ResampleToGrid",
+    "ResampleToGridd",
+]

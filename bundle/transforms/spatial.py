@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Hashable, Mapping, Sequence
+from typing import Any, Hashable, Mapping, Sequence
 
 import numpy as np
 import SimpleITK as sitk
@@ -13,9 +13,11 @@ from monai.networks.layers import GaussianFilter
 from monai.transforms import InvertibleTransform, MapTransform, SpatialResample
 from monai.utils import ensure_tuple_rep
 
-from bundle.data.atlas import Atlas, grid_affine, load_atlas
+from bundle.data.atlas import Atlas, atlas_overlap, grid_affine, load_atlas
 from bundle.errors import InputError
 
+# overlap of its brain with the atlas' above which a scan is taken to be aligned; registered ones reach 0.95
+_ALREADY_ALIGNED = 0.9
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -148,7 +150,9 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
         keys: volumes to move (``[1, X, Y, Z]``, one world).
         image_key: the scan to register.
         mask_key: its brain mask.
-        method: "affine" (register) or "none" (the scan is already in atlas space).
+        method: "affine" (register), "none" (the scan is already in atlas space) or "auto": register unless the
+            scan comes from a prepared dataset (its item says ``prepared``) or lies there already
+            (`atlas_overlap` of at least 0.9).
         template_file: other template than MNI152, see `load_atlas`.
     """
 
@@ -162,15 +166,13 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if method not in ("affine", "none"):
-            raise InputError(f"alignment '{method}' is unknown: use 'affine' or 'none'")
+        if method not in ("affine", "none", "auto"):
+            raise InputError(f"alignment '{method}' is unknown: use 'affine', 'auto' or 'none'")
         self.image_key, self.mask_key, self.method, self.template_file = image_key, mask_key, method, template_file
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        if self.method == "none":
-            return d
-        scan_to_atlas = register_to_atlas(d[self.image_key], d[self.mask_key], load_atlas(self.template_file))
+        scan_to_atlas = self._find(d)
         for key in self.key_iterator(d):
             image = d[key].clone()
             scan_affine = image.affine.clone()
@@ -179,10 +181,17 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             d[key] = image
         return d
 
-    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def _find(self, d: Mapping[Hashable, Any]) -> np.ndarray:
+        """4x4 matrix from the scan's world to the atlas'."""
+        if self.method == "none" or (self.method == "auto" and d.get("prepared")):
+            return np.eye(4)
+        atlas = load_atlas(self.template_file)
+        if self.method == "auto" and atlas_overlap(d[self.mask_key], atlas) >= _ALREADY_ALIGNED:
+            return np.eye(4)
+        return register_to_atlas(d[self.image_key], d[self.mask_key], atlas)
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        if self.method == "none":
-            return d
         for key in self.key_iterator(d):
             info = self.pop_transform(d[key])["extra_info"]
             d[key].affine = torch.as_tensor(info["scan_affine"], dtype=torch.float64)

@@ -1,0 +1,118 @@
+"""Which scans there are: prepared datasets (``datalist.json``), single files and folders of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .files import is_nifti, read_json, stem
+from bundle.errors import InputError
+
+VOLUME_KEYS = ("image", "brain_mask", "label")
+# a volume whose name ends so belongs to the scan of the same name and is no scan itself
+COMPANIONS = {"_brain_mask": "brain_mask", "_mask": "brain_mask", "_lesion": "label", "_seg": "label"}
+
+
+def load_datalist(dataset_dir: str | Path, section: str, contrast: str | None = None) -> list[dict[str, Any]]:
+    """Items of one section of a prepared dataset, with absolute paths and a unique ``name``; other keys are kept.
+
+    Args:
+        dataset_dir: folder with ``datalist.json`` (MONAI's decathlon form).
+        section: "training", "validation", "calibration" or "test".
+        contrast: keep the items of this contrast and those that name none; None keeps all.
+
+    Raises:
+        InputError: no such list, an empty section, an item without image, a file that is not there.
+    """
+    file = Path(dataset_dir) / "datalist.json"
+    if not Path(dataset_dir).is_dir():
+        raise InputError(f"{dataset_dir}: not a folder; --dataset_dir needs a prepared dataset (with datalist.json)")
+    content = read_json(file, "list of the dataset")
+    if not isinstance(content, dict) or not isinstance(content.get(section, []), list):
+        raise InputError(f"{file}: must be an object whose '{section}' is a list of items")
+    items = []
+    for number, entry in enumerate(content.get(section, [])):
+        where = f"{file}: item {number} of '{section}'"
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            raise InputError(f"{where} has no path called 'image'")
+        if contrast and entry.get("contrast", contrast) != contrast:
+            continue
+        item = dict(entry)
+        for key in VOLUME_KEYS:
+            if item.get(key) is None:
+                item.pop(key, None)
+                continue
+            if not isinstance(item[key], str):
+                raise InputError(f"{where}: '{key}' must be one path")
+            path = Path(dataset_dir) / item[key]
+            if not path.is_file():
+                raise InputError(f"{path}: not found, but named as '{key}' by {where}")
+            item[key] = str(path)
+        items.append(item)
+    if not items:
+        there = {k: len(v) for k, v in content.items() if isinstance(v, list)}
+        wanted = f"contrast '{contrast}' in '{section}'" if contrast else f"'{section}'"
+        raise InputError(f"{file}: no item of {wanted}; it holds {there or 'no sections'}")
+    return _named(items)
+
+
+def list_scans(
+    path: str | Path, brain_mask: str | Path | None = None, section: str = "test", contrast: str | None = None
+) -> list[dict[str, Any]]:
+    """Scans to run inference on.
+
+    Items of a prepared dataset say so: ``prepared`` is true.
+
+    Args:
+        path: a NIfTI file; a prepared dataset, of which ``section`` is taken; or a folder with NIfTI files in it or
+            below, where NAME_brain_mask and NAME_lesion belong to NAME.
+        brain_mask: mask of the scan, for a single file.
+        section, contrast: as in `load_datalist`.
+
+    Raises:
+        InputError: nothing there, or a mask for many scans.
+    """
+    path = Path(path)
+    if (path / "datalist.json").is_file():
+        items = [{**item, "prepared": True} for item in load_datalist(path, section, contrast)]
+    elif path.is_dir():
+        items = _list_folder(path)
+    elif not path.exists():
+        raise InputError(f"{path}: not found; --dataset_dir takes a NIfTI file, a folder of them or a prepared dataset")
+    elif not is_nifti(path):
+        raise InputError(f"{path}: not a NIfTI file (.nii, .nii.gz)")
+    else:
+        items = _named([{"image": str(path)}])
+    if brain_mask:
+        if len(items) != 1:
+            raise InputError(f"{brain_mask}: one brain mask cannot serve {len(items)} scans; run them one by one")
+        if not Path(brain_mask).is_file():
+            raise InputError(f"{brain_mask}: brain mask not found")
+        items[0]["brain_mask"] = str(brain_mask)
+    return items
+
+
+def _list_folder(folder: Path) -> list[dict[str, Any]]:
+    files = {str(f)[: -len(f.name)] + stem(f): f for f in sorted(folder.rglob("*")) if f.is_file() and is_nifti(f)}
+    scans: dict[str, dict[str, Any]] = {}
+    companions = []
+    for base, file in files.items():
+        ending = next((e for e in COMPANIONS if base.endswith(e) and base[: -len(e)] in files), None)
+        if ending:
+            companions.append((base[: -len(ending)], COMPANIONS[ending], file))
+        else:
+            scans[base] = {"image": str(file)}
+    for base, key, file in companions:
+        scans[base].setdefault(key, str(file))
+    if not scans:
+        raise InputError(f"{folder}: no NIfTI file (.nii, .nii.gz) in it or below")
+    return _named(list(scans.values()))
+
+
+def _named(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each item a unique ``name``: its file's, with folders in front as far as needed to tell scans apart."""
+    for depth in range(1, 20):
+        names = ["_".join([*Path(i["image"]).parts[-depth:-1], stem(i["image"])]) for i in items]
+        if len(set(names)) == len(names):
+            return [{**item, "name": name} for item, name in zip(items, names)]
+    raise InputError(f"{items[0]['image']}: named twice in one dataset")

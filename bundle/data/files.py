@@ -1,0 +1,100 @@
+"""Reading and writing so that nothing is ever half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import nibabel as nib
+import numpy as np
+
+from bundle.errors import InputError
+
+_SUFFIXES = (".nii.gz", ".nii")
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` (same suffixes); on success it becomes ``path``, on failure it goes.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + path.name, dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be written ({error.strerror}); choose another output folder") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes private files; results are for everyone whom the umask allows
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically, indented, numbers as they are."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> Any:
+    """Read JSON. ``what`` names the file's role for the error.
+
+    Raises:
+        InputError: missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: {what} not found") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: {what} cannot be read ({error})") from error
+
+
+def write_volume(path: str | Path, volume: Any, affine: Any, header: nib.Nifti1Header | None = None) -> None:
+    """Write a NIfTI volume atomically.
+
+    Args:
+        path: ends in .nii or .nii.gz.
+        volume: ``[X, Y, Z]``; its dtype is stored.
+        affine: 4x4, voxel to mm.
+        header: of the scan that the volume answers to: its units and codes are kept.
+    """
+    array = np.asarray(volume)
+    image = nib.Nifti1Image(array, np.asarray(affine, float), header)
+    image.set_data_dtype(array.dtype)
+    image.header.set_slope_inter(1, 0)
+    if header is None:
+        image.header.set_xyzt_units("mm")
+    with atomic_path(path) as temporary:
+        nib.save(image, temporary)
+
+
+def is_nifti(path: str | Path) -> bool:
+    return str(path).lower().endswith(_SUFFIXES)
+
+
+def stem(path: str | Path) -> str:
+    """File name without ``.nii`` or ``.nii.gz``."""
+    name = Path(path).name
+    for suffix in _SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name

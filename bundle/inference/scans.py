@@ -1,0 +1,48 @@
+"""Running over many scans, of which some may be broken."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+from monai.data import Dataset
+from monai.engines import SupervisedEvaluator
+
+from bundle.errors import explain
+
+
+class ScanDataset(Dataset):
+    """A dataset in which a scan that cannot be read or prepared becomes ``{"name", "failure"}`` instead of an error.
+
+    Args:
+        data: items with a ``name`` each.
+        transform: from files to tensors.
+    """
+
+    def __init__(self, data: Sequence[Mapping[str, Any]], transform: Callable | None = None) -> None:
+        super().__init__(data, transform)
+
+    def _transform(self, index: int) -> Any:
+        try:
+            return super()._transform(index)
+        except Exception as error:  # whatever is wrong with this scan, the others go on
+            return {"name": self.data[index]["name"], "failure": explain(error)}
+
+
+class ScanEvaluator(SupervisedEvaluator):
+    """MONAI's evaluator, one scan at a time, that goes on when a scan fails.
+
+    After each iteration ``state.output`` is a list of one dictionary: the scan's results, or ``name`` and ``failure``
+    (one line). Failures of the dataset must come as from `ScanDataset`.
+    """
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]) -> dict:
+        name = batchdata["name"][0]
+        if "failure" in batchdata:
+            engine.state.output = [{"name": name, "failure": batchdata["failure"][0]}]
+            return engine.state.output
+        try:
+            return super()._iteration(engine, batchdata)
+        except Exception as error:
+            engine.state.output = [{"name": name, "failure": explain(error)}]
+            return engine.state.output

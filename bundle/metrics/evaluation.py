@@ -1,0 +1,90 @@
+"""The methods that an evaluation compares, and the metrics it takes of each."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Hashable, Mapping, Sequence
+
+import torch
+from ignite.metrics import Metric
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.handlers import IgniteMetricHandler
+from monai.metrics import DiceMetric
+from monai.transforms import MapTransform
+
+from bundle.scoring import Calibration
+
+from .auprc import AUPRCMetric, PooledAUPRCMetric
+
+# what every table shows beside the method: anything else may be worse than doing nothing
+BASELINES = ("atlas_z", "intensity", "all_positive")
+
+
+class BaselineMapsd(MapTransform):
+    """Add ``heatmap_NAME`` and ``lesion_NAME`` of each of `BASELINES`.
+
+    ``intensity``: bright (T2w, FLAIR) or dark (T1w) is abnormal; ``atlas_z``: unusually bright or dark for its place;
+    ``all_positive``: the whole brain is lesion, whose AUPRC is the lesions' share of the brain. The first two are cut
+    at the same quantile of healthy scans as the method, without further clean-up.
+
+    Args:
+        keys: anomaly channels ``[2, H, W, D]`` (one key).
+        calibration: of the model and contrast.
+        quantile: of healthy scores, the threshold.
+        image_key: the normalised image.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, calibration: Calibration, quantile: float, image_key: str = "image"
+    ) -> None:
+        super().__init__(keys)
+        self.calibration, self.quantile, self.image_key = calibration, quantile, image_key
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+        d = dict(data)
+        channels, image = (d[k].as_tensor().cpu().float() for k in (self.keys[0], self.image_key))
+        for name in BASELINES:
+            if name == "all_positive":
+                heatmap = (image > 0).float()
+                threshold = 0.5
+            else:
+                heatmap = self.calibration.heatmap(name, channels, image)
+                threshold = self.calibration.threshold(name, self.quantile)
+            d[f"heatmap_{name}"] = MetaTensor(heatmap, meta=d[self.image_key].meta)
+            d[f"lesion_{name}"] = MetaTensor((heatmap > threshold).float(), meta=d[self.image_key].meta)
+        return d
+
+
+def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, torch.Tensor]]], tuple[list, list]]:
+    """Output transform for a metric: ``key`` and the label at the brain voxels of each case, ``[1, N]`` each.
+
+    Brain is where the image is above 0. Lesion voxels outside it are kept, with whatever low value ``key`` has there:
+    they count as missed, not as if they did not exist.
+    """
+
+    def extract(output: Sequence[Mapping[str, torch.Tensor]]) -> tuple[list, list]:
+        y_pred, y = [], []
+        for case in output:
+            label = case["label"].as_tensor().cpu() > 0
+            keep = (case["image"].as_tensor().cpu() > 0) | label
+            y_pred.append(case[key].as_tensor().cpu()[keep][None])
+            y.append(label[keep][None].float())
+        return y_pred, y
+
+    return extract
+
+
+def comparison_metrics(baselines: Sequence[str] = BASELINES) -> dict[str, Metric]:
+    """AUPRC (per case and pooled) and Dice of the method and of each baseline, for ``additional_metrics``.
+
+    Named ``auprc``, ``auprc_pooled``, ``dice``, and the same with ``_NAME`` for a baseline.
+    """
+    metrics: dict[str, Any] = {}
+    for suffix in ("", *(f"_{name}" for name in baselines)):
+        heatmap, lesion = inside_brain(f"heatmap{suffix}"), inside_brain(f"lesion{suffix}")
+        metrics[f"auprc{suffix}"] = IgniteMetricHandler(AUPRCMetric(), output_transform=heatmap)
+        metrics[f"auprc_pooled{suffix}"] = IgniteMetricHandler(
+            PooledAUPRCMetric(), output_transform=heatmap, save_details=False
+        )
+        metrics[f"dice{suffix}"] = IgniteMetricHandler(DiceMetric(), output_transform=lesion)
+    return metrics

@@ -1,0 +1,145 @@
+"""What inference leaves behind: per scan a heatmap, a lesion mask and a picture; one table for all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from scipy import ndimage
+
+from bundle.data.files import write_text, write_volume
+from bundle.errors import InputError
+
+from .figure import draw_report
+
+COLUMNS = ("name", "lesion_volume_ml", "lesions", "max_score", "mean_score", "seconds", "status")
+
+
+def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str, ...] | list[str]) -> None:
+    """Write rows as CSV, atomically; missing entries stay empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+class SaveFindings:
+    """Handler: write every scan's results, and ``summary.csv`` with one row each.
+
+    For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
+    (float32), ``NAME_lesion.nii.gz`` (uint8), both on the input's grid, and ``NAME_report.png``. When all scans are
+    done and some have failed, an `InputError` with exit code 3 (1 scan: 2) lists them.
+
+    Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label`` on the atlas grid,
+    ``heatmap_atlas`` and ``lesion_atlas`` there too, ``heatmap`` and ``lesion`` back on the input's grid, and
+    ``brain_mask`` there.
+
+    Args:
+        output_dir: OUT.
+        total: number of scans, for the progress line.
+    """
+
+    def __init__(self, output_dir: str, total: int) -> None:
+        self.output_dir, self.total = Path(output_dir), total
+        self.rows: list[dict[str, Any]] = []
+        self.started = time.monotonic()
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self.start_clock)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def start(self, engine: Engine) -> None:
+        self.rows = []
+        # an output folder that cannot be written to is told before the work, not after
+        write_table(self.output_dir / "summary.csv", [], COLUMNS)
+
+    def start_clock(self, engine: Engine) -> None:
+        self.started = time.monotonic()
+
+    def save(self, engine: Engine) -> None:
+        for batch, output in zip(_as_list(engine.state.batch), engine.state.output):
+            failure = output.get("failure")
+            name = output["name"] if failure else batch["name"]
+            row: dict[str, Any] = {"name": name, "status": f"failed: {failure}"}
+            if not failure:
+                row.update(self._write_scan(name, batch, output), status="ok")
+            row["seconds"] = f"{time.monotonic() - self.started:.1f}"
+            self.rows.append(row)
+            write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
+            told = row["status"] if failure else f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml"
+            print(f"[{len(self.rows)}/{self.total}] {name}: {told}, {row['seconds']} s", flush=True)
+
+    def _write_scan(self, name: str, batch: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
+        heatmap, lesion = output["heatmap"], output["lesion"]
+        volumes = {k: np.asarray(output[k][0]) for k in ("heatmap", "lesion", "heatmap_atlas", "lesion_atlas")}
+        found = volumes["lesion"] > 0
+        brain = np.asarray(output["brain_mask"][0]) > 0
+        voxel_ml = abs(float(np.linalg.det(np.asarray(heatmap.affine, float)[:3, :3]))) / 1000
+        row = {
+            "lesion_volume_ml": f"{found.sum() * voxel_ml:.2f}",
+            "lesions": int(ndimage.label(found, np.ones((3, 3, 3)))[1]),
+            "max_score": f"{volumes['heatmap'][brain].max():.3f}",
+            "mean_score": f"{volumes['heatmap'][brain].mean():.3f}",
+        }
+        source = nib.load(str(batch["image"].meta["filename_or_obj"]))
+        header = source.header if isinstance(source, nib.Nifti1Image) else None
+        label = output.get("label")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))
+        try:
+            write_volume(partial / f"{name}_heatmap.nii.gz", volumes["heatmap"].astype(np.float32), heatmap.affine, header)
+            write_volume(partial / f"{name}_lesion.nii.gz", found.astype(np.uint8), lesion.affine, header)
+            draw_report(
+                partial / f"{name}_report.png",
+                f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml",
+                np.asarray(output["image"][0].cpu()),
+                volumes["heatmap_atlas"],
+                volumes["lesion_atlas"],
+                None if label is None else np.asarray(label[0].cpu()),
+            )
+            partial.chmod(0o777 & ~_umask())
+            _replace_folder(partial, self.output_dir / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return row
+
+    def finish(self, engine: Engine) -> None:
+        failed = [r for r in self.rows if r["status"] != "ok"]
+        print(f"{self.output_dir / 'summary.csv'}: {len(self.rows) - len(failed)} of {len(self.rows)} scans done")
+        if failed:
+            lines = [f"{r['name']}: {r['status']}" for r in failed]
+            raise InputError("; ".join(lines), exit_code=2 if len(self.rows) == 1 else 3)
+
+
+def _as_list(batch: Any) -> list[dict[str, Any]]:
+    return batch if isinstance(batch, list) else [batch]
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def _replace_folder(new: Path, old: Path) -> None:
+    """Put folder ``new`` in the place of ``old``, which is moved away first: a rename cannot replace a full folder."""
+    if old.exists():
+        away = Path(tempfile.mkdtemp(prefix=".replaced-", dir=old.parent))
+        os.replace(old, away / old.name)
+        os.replace(new, old)
+        shutil.rmtree(away)
+    else:
+        os.replace(new, old)

@@ -1,0 +1,336 @@
+"""Population calibration: what is usual at this place of a healthy brain, and what is not.
+
+The raw score depends on where one looks: cortex and skull base always localise worse than the ventricles. Healthy
+people who were not trained on tell, for every place of the atlas, the usual score and its spread; the heatmap counts
+how many spreads a scan lies above it. The same scans, each judged by the others, give the threshold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from ignite.engine import Engine, Events
+from monai.networks.layers import GaussianFilter
+from monai.transforms import MedianSmooth
+
+from bundle.data.files import read_json, write_json, write_volume
+from bundle.errors import InputError
+
+from .anomaly import fill_outside
+
+# sign of the intensity change that most lesions show
+LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
+# maps that are calibrated; "location" is the paper's score, the sum of the two channels
+MAPS = ("squared_error", "variance", "location", "intensity")
+# what can be asked of `Calibration.score`
+SCORES = ("location", "squared_error", "variance", "uncalibrated", "atlas_z", "intensity")
+# the trivial methods that every table must show: judged as they are, without any filter
+BASELINES = ("atlas_z", "intensity")
+QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+_MAP_SPACING = 2.0
+
+
+def raw_map(name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """The uncalibrated map ``name`` of `MAPS`, ``[1, H, W, D]``, from anomaly channels ``[2, H, W, D]`` and image."""
+    if name == "intensity":
+        return image
+    return {"squared_error": channels[:1], "variance": channels[1:], "location": channels.sum(0, keepdim=True)}[name]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Mean and spread of healthy score maps in atlas space, and quantiles of healthy scores.
+
+    Attributes:
+        contrast: of the scans.
+        mean, spread: name in `MAPS` -> ``[1, h, w, d]``; may be coarser than the grid, of the same extent.
+        quantiles: name in `SCORES` -> {quantile as text: score}, over the brain voxels of healthy scans that were
+            left out of the maps.
+        median_radius: of the median filter that heatmaps pass before they are compared with the threshold, voxels.
+        provenance: number of subjects, hash of the model, grid.
+    """
+
+    contrast: str
+    mean: Mapping[str, torch.Tensor]
+    spread: Mapping[str, torch.Tensor]
+    quantiles: Mapping[str, Mapping[str, float]]
+    median_radius: int
+    provenance: Mapping[str, Any]
+
+    def standardise(self, name: str, volume: torch.Tensor) -> torch.Tensor:
+        """(volume - mean) / spread of map ``name``, for ``[1, H, W, D]`` on the atlas grid."""
+        mean, spread = (
+            F.interpolate(m[None].to(volume), volume.shape[1:], mode="trilinear", align_corners=False)[0]
+            for m in (self.mean[name], self.spread[name])
+        )
+        return (volume - mean) / spread
+
+    def score(self, name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Score map ``[1, H, W, D]``, larger is more abnormal; outside the brain the lowest score inside.
+
+        Args:
+            name: "location" (calibrated sum of both channels), "squared_error" or "variance" (one calibrated
+                channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (calibrated intensity, signed so that
+                lesions are high), "intensity" (signed).
+            channels: anomaly channels ``[2, H, W, D]``.
+            image: normalised intensities ``[1, H, W, D]``, 0 outside the brain.
+        """
+        if name in ("atlas_z", "intensity"):
+            score = (self.standardise("intensity", image) if name == "atlas_z" else image) * LESION_SIGN[self.contrast]
+        elif name == "uncalibrated":
+            score = raw_map("location", channels, image)
+        else:
+            score = self.standardise(name, raw_map(name, channels, image))
+        return fill_outside(score, image > 0)
+
+    def heatmap(self, name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """`score`, median-filtered unless it is a baseline, and outside the brain the lowest score inside."""
+        score = self.score(name, channels, image)
+        if name in BASELINES or self.median_radius == 0:
+            return score
+        return fill_outside(torch.as_tensor(MedianSmooth(self.median_radius)(score)), image > 0)
+
+    def threshold(self, name: str, quantile: float) -> float:
+        """Score that ``quantile`` of healthy brain voxels do not exceed.
+
+        Raises:
+            InputError: a score or quantile that was not stored.
+        """
+        try:
+            return self.quantiles[name][f"{quantile:g}"]
+        except KeyError as error:
+            stored = ", ".join(self.quantiles.get(name, {})) or f"none for '{name}'"
+            raise InputError(f"no threshold of score '{name}' at quantile {quantile}: stored are {stored}") from error
+
+
+def _median(stack: torch.Tensor) -> torch.Tensor:
+    """Median over the first dimension, ignoring NaN (the mean of the middle two); NaN where all are."""
+    ordered = stack.sort(0).values  # NaN last
+    n = (~stack.isnan()).sum(0, keepdim=True)
+    low, high = ((n - 1).clamp(min=0) // 2), (n // 2).clamp(max=len(stack) - 1)
+    return ((ordered.gather(0, low) + ordered.gather(0, high)) / 2)[0]
+
+
+def population_maps(
+    values: torch.Tensor, sigma_voxels: float, prior_subjects: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smooth, robust mean and spread over subjects at every voxel.
+
+    The mean is the median over the subjects that have brain there, the spread 1.4826 times the median absolute
+    deviation from the smoothed mean (so that what smoothing blurs counts as spread). Both are smoothed by a Gaussian
+    weighted with the number of subjects, and drawn towards the whole brain's by ``prior_subjects`` subjects' weight,
+    which decides where few brains have voxels. The spread is at least a quarter of the whole brain's.
+
+    Args:
+        values: ``[N, H, W, D]``, NaN outside each brain.
+        sigma_voxels: of the Gaussian.
+        prior_subjects: see above.
+
+    Returns:
+        mean and spread, ``[1, H, W, D]`` each, finite everywhere.
+    """
+    count = (~values.isnan()).sum(0).to(values.dtype)
+    smooth = GaussianFilter(3, sigma_voxels) if sigma_voxels > 0 else torch.nn.Identity()
+
+    def pooled(local: torch.Tensor, overall: torch.Tensor) -> torch.Tensor:
+        weighted = smooth((local.nan_to_num() * count)[None, None]) + prior_subjects * overall
+        return weighted / (smooth(count[None, None]) + prior_subjects)
+
+    local = _median(values)
+    mean = pooled(local, local[count > 0].median())[0, 0]
+    deviation = 1.4826 * _median((values - mean).abs())
+    overall = deviation[count > 0].median().clamp(min=1e-6)
+    variance = pooled(deviation**2, overall**2)[0]
+    return mean[None], variance.sqrt().clamp(min=0.25 * float(overall))
+
+
+def fit_calibration(
+    channels: Sequence[torch.Tensor],
+    images: Sequence[torch.Tensor],
+    contrast: str,
+    spacing: float,
+    smoothing_mm: float = 4.0,
+    median_radius: int = 1,
+    provenance: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """Fit maps and quantiles to healthy scans.
+
+    The quantiles come from scores of each scan under maps of the others: a scan is closer to maps that it helped to
+    make, and a threshold taken from there would be too low for a new person.
+
+    Args:
+        channels: per scan, anomaly channels ``[2, H, W, D]``.
+        images: per scan, normalised intensities ``[1, H, W, D]``, 0 outside the brain.
+        contrast: one of `LESION_SIGN`.
+        spacing: of the grid, mm; maps are kept at 2 mm where that is coarser.
+        smoothing_mm: sigma of the Gaussian over the maps.
+        median_radius, provenance: see `Calibration`.
+
+    Raises:
+        InputError: fewer than three scans, or an unknown contrast.
+    """
+    if len(images) < 3:
+        raise InputError(f"calibration needs at least 3 healthy scans, got {len(images)}")
+    if contrast not in LESION_SIGN:
+        raise InputError(f"contrast '{contrast}' is unknown: use one of {', '.join(LESION_SIGN)}")
+    factor = max(1, round(_MAP_SPACING / spacing))
+    maps = {
+        name: torch.stack([_coarsen(raw_map(name, c, i), i > 0, factor) for c, i in zip(channels, images)])
+        for name in MAPS
+    }
+
+    def fit(rows: list[int]) -> Calibration:
+        fitted = {n: population_maps(m[rows], smoothing_mm / (spacing * factor)) for n, m in maps.items()}
+        mean, spread = ({n: f[k] for n, f in fitted.items()} for k in (0, 1))
+        return Calibration(contrast, mean, spread, {}, median_radius, {})
+
+    everyone = list(range(len(images)))
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
+    for i in everyone:
+        others = fit([j for j in everyone if j != i])
+        for name, values in scores.items():
+            values.append(others.heatmap(name, channels[i], images[i])[images[i] > 0].numpy())
+    quantiles = {
+        name: dict(zip([f"{q:g}" for q in QUANTILES], np.quantile(np.concatenate(v), QUANTILES).astype(float).tolist()))
+        for name, v in scores.items()
+    }
+    final = fit(everyone)
+    about = {"subjects": len(images), "spacing": spacing, "spatial_size": list(images[0].shape[1:])}
+    return Calibration(contrast, final.mean, final.spread, quantiles, median_radius, {**about, **(provenance or {})})
+
+
+def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.Tensor:
+    """Mean over the brain voxels of each block of ``factor`` cubed; NaN where there are none. ``[H, W, D]``."""
+    weight = F.avg_pool3d(inside[None].float(), factor, ceil_mode=True)
+    total = F.avg_pool3d((volume * inside)[None].float(), factor, ceil_mode=True)
+    return torch.where(weight > 0, total / weight, torch.nan)[0, 0]
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndarray) -> None:
+    """Write ``path`` (JSON: quantiles, provenance, names of the maps) and beside it ``.nii.gz`` (the maps, 16 bit).
+
+    Args:
+        calibration: to save.
+        path: ends in .json.
+        affine: of the maps, voxel to atlas mm.
+    """
+    path = Path(path)
+    volumes = {f"{n}_{kind}": getattr(calibration, kind)[n] for n in MAPS for kind in ("mean", "spread")}
+    # 16 bit integers, each map with its own scale: a tenth of the size, and finer than the maps are known
+    limits = {n: (float(v.min()), float(v.max())) for n, v in volumes.items()}
+    codes = [
+        ((v[0] - limits[n][0]) / max(limits[n][1] - limits[n][0], 1e-12) * 65535).round().numpy().astype(np.uint16)
+        for n, v in volumes.items()
+    ]
+    write_volume(path.with_suffix(".nii.gz"), np.stack(codes, -1), affine)
+    write_json(
+        path,
+        {
+            "contrast": calibration.contrast,
+            "median_radius": calibration.median_radius,
+            "provenance": dict(calibration.provenance),
+            "quantiles": calibration.quantiles,
+            "maps": {n: {"volume": i, "lowest": lo, "highest": hi} for i, (n, (lo, hi)) in enumerate(limits.items())},
+        },
+    )
+
+
+def load_calibration(path: str | Path, model_file: str | Path, spacing: float | None = None) -> Calibration:
+    """Read what `save_calibration` wrote and check that it belongs to the model.
+
+    Args:
+        path: the JSON file.
+        model_file: the model that is going to be used.
+        spacing: of the grid that is going to be used, mm; None: not checked.
+
+    Raises:
+        InputError: missing or damaged, made with another model or for another grid.
+    """
+    if not Path(model_file).is_file():
+        raise InputError(f"{model_file}: no trained model here; train one or name its folder with --ckpt_dir")
+    content = read_json(path, f"calibration (make it with: run calibration --ckpt_dir {Path(path).parent})")
+    try:
+        about = content["provenance"]
+        if about["model_sha256"] != file_hash(model_file):
+            raise InputError(f"{path}: made with another model than {model_file}; run the calibration again")
+        if spacing is not None and about["spacing"] != spacing:
+            raise InputError(
+                f"{path}: made on a grid of {about['spacing']:g} mm, but {spacing:g} mm is configured; "
+                "merge the config of the grid that the model was trained on"
+            )
+        stored = np.asanyarray(nib.load(Path(path).with_suffix(".nii.gz")).dataobj).astype(np.float32)
+        volumes = {}
+        for name, m in content["maps"].items():
+            codes = torch.from_numpy(stored[..., m["volume"]].copy())[None]
+            volumes[name] = codes / 65535 * (m["highest"] - m["lowest"]) + m["lowest"]
+        mean, spread = ({n: volumes[f"{n}_{kind}"] for n in MAPS} for kind in ("mean", "spread"))
+        return Calibration(
+            content["contrast"], mean, spread, content["quantiles"], int(content["median_radius"]), about
+        )
+    except (KeyError, TypeError, IndexError, OSError, nib.filebasedimages.ImageFileError) as error:
+        raise InputError(f"{path}: damaged calibration ({error!r}); run the calibration again") from error
+
+
+class FitCalibration:
+    """Handler: collect the anomaly channels of every scan an evaluator sees; at the end fit, save, and say so.
+
+    Args:
+        path: of the calibration (JSON).
+        model_file: the model that the evaluator runs; its hash is stored.
+        contrast, spacing, smoothing_mm, median_radius: see `fit_calibration`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        model_file: str,
+        contrast: str,
+        spacing: float,
+        smoothing_mm: float = 4.0,
+        median_radius: int = 1,
+        fit: Callable[..., Calibration] = fit_calibration,
+    ) -> None:
+        self.path, self.model_file, self.fit = path, model_file, fit
+        self.settings = {
+            "contrast": contrast,
+            "spacing": spacing,
+            "smoothing_mm": smoothing_mm,
+            "median_radius": median_radius,
+        }
+        self.channels: list[torch.Tensor] = []
+        self.images: list[torch.Tensor] = []
+        self.affine = np.eye(4)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def collect(self, engine: Engine) -> None:
+        for output in engine.state.output:
+            self.affine = np.asarray(output["image"].affine)
+            self.channels.append(output["pred"].as_tensor().cpu())
+            self.images.append(output["image"].as_tensor().cpu())
+        print(f"calibration: {len(self.images)} healthy scans", flush=True)
+
+    def finish(self, engine: Engine) -> None:
+        provenance = {"model_sha256": file_hash(self.model_file), "smoothing_mm": self.settings["smoothing_mm"]}
+        calibration = self.fit(self.channels, self.images, **self.settings, provenance=provenance)
+        # outer edges are shared, so the first voxel of a coarser map lies further in
+        factor = self.images[0].shape[1] / calibration.mean["location"].shape[1]
+        affine = self.affine @ np.diag([factor, factor, factor, 1.0])
+        affine[:3, 3] = (self.affine @ np.array([*[(factor - 1) / 2] * 3, 1.0]))[:3]
+        save_calibration(calibration, self.path, affine)
+        print(f"{self.path}: fitted to {len(self.images)} scans; 99 % of healthy brain voxels score below "
+              f"{calibration.threshold('location', 0.99):.2f}", flush=True)
