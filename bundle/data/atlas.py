@@ -7,11 +7,15 @@ from typing import NamedTuple, Sequence
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
 
 from bundle.errors import InputError
+
+# ITK counts to the left, back and up, NIfTI to the right, front and up
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def grid_affine(spacing: float, spatial_size: Sequence[int], center: Sequence[float]) -> np.ndarray:
@@ -62,7 +66,7 @@ def load_atlas(template_file: str | None = None, mask_file: str | None = None, s
         return Atlas(template, _from_nifti(load_mni152_brain_mask(resolution=spacing)))
     try:
         template = _from_nifti(nib.load(template_file))
-        mask = _from_nifti(nib.load(mask_file)) if mask_file else MetaTensor((template > 0).float(), meta=template.meta)
+        mask = _from_nifti(nib.load(mask_file)) if mask_file else MetaTensor((template > 0).float()).copy_meta_from(template)
     except (OSError, nib.filebasedimages.ImageFileError) as error:
         raise InputError(f"{template_file}: the atlas cannot be read ({error}); give a NIfTI template") from error
     return Atlas(template, mask)
@@ -73,3 +77,14 @@ def atlas_overlap(brain_mask: MetaTensor, atlas: Atlas) -> float:
     expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(atlas.brain_mask, img_dst=brain_mask) > 0
     inside = brain_mask > 0
     return float(2 * (inside & expected).sum() / (inside.sum() + expected.sum()))
+
+
+def to_sitk(image: MetaTensor, pixel_type: type = np.float32) -> sitk.Image:
+    """``[1, X, Y, Z]`` with an RAS affine to an ITK image (LPS)."""
+    affine = LPS @ np.asarray(image.affine, float)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    out = sitk.GetImageFromArray(np.ascontiguousarray(image[0].cpu().numpy().T.astype(pixel_type)))
+    out.SetSpacing(spacing.tolist())
+    out.SetOrigin(affine[:3, 3].tolist())
+    out.SetDirection((affine[:3, :3] / spacing).flatten().tolist())
+    return out

@@ -50,8 +50,8 @@ class BaselineMapsd(MapTransform):
             else:
                 heatmap = self.calibration.heatmap(name, channels, image)
                 threshold = self.calibration.threshold(name, self.quantile)
-            d[f"heatmap_{name}"] = MetaTensor(heatmap, meta=d[self.image_key].meta)
-            d[f"lesion_{name}"] = MetaTensor((heatmap > threshold).float(), meta=d[self.image_key].meta)
+            d[f"heatmap_{name}"] = MetaTensor(heatmap).copy_meta_from(d[self.image_key])
+            d[f"lesion_{name}"] = MetaTensor((heatmap > threshold).float()).copy_meta_from(d[self.image_key])
         return d
 
 

@@ -75,14 +75,14 @@ class SaveFindings:
             name = output["name"] if failure else batch["name"]
             row: dict[str, Any] = {"name": name, "status": f"failed: {failure}"}
             if not failure:
-                row.update(self._write_scan(name, batch, output), status="ok")
+                row.update(self._write_scan(name, {**batch, **output}), status="ok")
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
             write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
             told = row["status"] if failure else f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml"
             print(f"[{len(self.rows)}/{self.total}] {name}: {told}, {row['seconds']} s", flush=True)
 
-    def _write_scan(self, name: str, batch: dict[str, Any], output: dict[str, Any]) -> dict[str, Any]:
+    def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         heatmap, lesion = output["heatmap"], output["lesion"]
         volumes = {k: np.asarray(output[k][0]) for k in ("heatmap", "lesion", "heatmap_atlas", "lesion_atlas")}
         found = volumes["lesion"] > 0
@@ -94,7 +94,7 @@ class SaveFindings:
             "max_score": f"{volumes['heatmap'][brain].max():.3f}",
             "mean_score": f"{volumes['heatmap'][brain].mean():.3f}",
         }
-        source = nib.load(str(batch["image"].meta["filename_or_obj"]))
+        source = nib.load(str(output["image"].meta["filename_or_obj"]))
         header = source.header if isinstance(source, nib.Nifti1Image) else None
         label = output.get("label")
         self.output_dir.mkdir(parents=True, exist_ok=True)

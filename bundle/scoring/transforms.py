@@ -43,5 +43,5 @@ class AnomalyHeatmapd(MapTransform):
         image = d[self.image_key]
         channels, values = (t.as_tensor().cpu().float() for t in (d[self.keys[0]], image))
         heatmap = self.calibration.heatmap(self.score, channels, values)
-        d[self.output_key] = MetaTensor(heatmap, meta=image.meta, applied_operations=image.applied_operations)
+        d[self.output_key] = MetaTensor(heatmap).copy_meta_from(image)
         return d

@@ -1,5 +1,5 @@
 from .brain import BrainMaskd
-from .intensity import NormalizeBrainIntensityd
+from .intensity import CorrectBiasFieldd, NormalizeBrainIntensityd
 from .outside import FillOutsided, MaskOutsided
 from .sampling import AxialSlicesd, DenseLocationsd, RandAxialSlicesd, RandPatchesd
 from .spatial import AlignToAtlasd, ResampleToGrid, ResampleToGridd
@@ -8,6 +8,7 @@ __all__ = [
     "AlignToAtlasd",
     "AxialSlicesd",
     "BrainMaskd",
+    "CorrectBiasFieldd",
     "DenseLocationsd",
     "FillOutsided",
     "MaskOutsided",

@@ -60,7 +60,7 @@ class BrainMaskd(MapTransform):
             given = d[self.mask_key].meta.get("filename_or_obj", "brain mask") if self.mask_key in d else name
             raise InputError(f"{given}: the brain mask is empty on the grid of {name}; give its own mask")
         # the mask moves with the scan from here on: same affine, same history
-        d[self.mask_key] = MetaTensor(mask, meta=image.meta, applied_operations=image.applied_operations)
+        d[self.mask_key] = MetaTensor(mask).copy_meta_from(image)
         return d
 
     def _given(self, mask: MetaTensor, image: MetaTensor) -> torch.Tensor:

@@ -53,5 +53,5 @@ class FillOutsided(MapTransform):
             values[~inside] = values[inside].min() if inside.any() else 0.0
             volume.set_(values)
             d[key] = volume
-        d[self.mask_key] = MetaTensor(inside.float(), meta=weight.meta)
+        d[self.mask_key] = MetaTensor(inside.float()).copy_meta_from(weight)
         return d

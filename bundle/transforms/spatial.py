@@ -13,12 +13,11 @@ from monai.networks.layers import GaussianFilter
 from monai.transforms import InvertibleTransform, MapTransform, SpatialResample
 from monai.utils import ensure_tuple_rep
 
-from bundle.data.atlas import Atlas, atlas_overlap, grid_affine, load_atlas
+from bundle.data.atlas import LPS, Atlas, atlas_overlap, grid_affine, load_atlas, to_sitk
 from bundle.errors import InputError
 
 # overlap of its brain with the atlas' above which a scan is taken to be aligned; registered ones reach 0.95
 _ALREADY_ALIGNED = 0.9
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 class ResampleToGrid(SpatialResample):
@@ -32,25 +31,23 @@ class ResampleToGrid(SpatialResample):
         spacing: mm.
         spatial_size: voxels of the grid.
         center: of the grid, atlas mm.
-        mode: "bilinear" or "nearest" (labels; never smoothed).
     """
 
-    def __init__(
-        self, spacing: float, spatial_size: Sequence[int], center: Sequence[float], mode: str = "bilinear"
-    ) -> None:
-        super().__init__(mode=mode, padding_mode="zeros", align_corners=True, dtype=torch.float32)
+    def __init__(self, spacing: float, spatial_size: Sequence[int], center: Sequence[float]) -> None:
+        super().__init__(padding_mode="zeros", align_corners=True, dtype=torch.float32)
         self.spacing = float(spacing)
         self.spatial_size = tuple(spatial_size)
         self.grid_affine = torch.as_tensor(grid_affine(spacing, spatial_size, center))
 
-    def __call__(self, img: MetaTensor) -> MetaTensor:  # type: ignore[override]
-        if self.mode == "bilinear":
+    def __call__(self, img: MetaTensor, mode: str = "bilinear") -> MetaTensor:  # type: ignore[override]
+        """Args: img ``[C, X, Y, Z]``; mode "bilinear", or "nearest" for labels, which are never smoothed."""
+        if mode == "bilinear":
             voxel = np.linalg.norm(np.asarray(img.affine)[:3, :3], axis=0)
             fwhm = np.sqrt(np.maximum(self.spacing**2 - voxel**2, 0)) / voxel
             if (fwhm > 0.1).any():
                 img = img.clone()
                 img.set_(GaussianFilter(3, (fwhm / 2.355).tolist())(img.as_tensor()[None].float())[0])
-        return super().__call__(img, dst_affine=self.grid_affine, spatial_size=self.spatial_size)
+        return super().__call__(img, dst_affine=self.grid_affine, spatial_size=self.spatial_size, mode=mode)
 
 
 class ResampleToGridd(MapTransform, InvertibleTransform):
@@ -66,31 +63,20 @@ class ResampleToGridd(MapTransform, InvertibleTransform):
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        modes = ensure_tuple_rep(mode, len(self.keys))
-        self.resamplers = {k: ResampleToGrid(spacing, spatial_size, center, m) for k, m in zip(self.keys, modes)}
+        self.modes = ensure_tuple_rep(mode, len(self.keys))
+        self.resample = ResampleToGrid(spacing, spatial_size, center)
 
     def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.resamplers[key](d[key])
+        for key, mode in self.key_iterator(d, self.modes):
+            d[key] = self.resample(d[key], mode)
         return d
 
     def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self.resamplers[key].inverse(d[key])
+            d[key] = self.resample.inverse(d[key])
         return d
-
-
-def _to_sitk(image: MetaTensor, pixel_type: type = np.float32) -> sitk.Image:
-    """``[1, X, Y, Z]`` with an RAS affine to an ITK image (LPS)."""
-    affine = _LPS @ np.asarray(image.affine, float)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    out = sitk.GetImageFromArray(np.ascontiguousarray(image[0].cpu().numpy().T.astype(pixel_type)))
-    out.SetSpacing(spacing.tolist())
-    out.SetOrigin(affine[:3, 3].tolist())
-    out.SetDirection((affine[:3, :3] / spacing).flatten().tolist())
-    return out
 
 
 def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, seed: int = 0) -> np.ndarray:
@@ -108,8 +94,8 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
     Raises:
         InputError: ITK found no overlap or no optimum.
     """
-    fixed, fixed_mask = _to_sitk(atlas.template * atlas.brain_mask), _to_sitk(atlas.brain_mask, np.uint8)
-    moving, moving_mask = _to_sitk(image * brain_mask), _to_sitk(brain_mask, np.uint8)
+    fixed, fixed_mask = to_sitk(atlas.template * atlas.brain_mask), to_sitk(atlas.brain_mask, np.uint8)
+    moving, moving_mask = to_sitk(image * brain_mask), to_sitk(brain_mask, np.uint8)
     start = sitk.CenteredTransformInitializer(
         sitk.Cast(fixed_mask, sitk.sitkFloat32),
         sitk.Cast(moving_mask, sitk.sitkFloat32),
@@ -137,7 +123,7 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
     atlas_to_scan = np.eye(4)
     matrix, c = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
     atlas_to_scan[:3, :3], atlas_to_scan[:3, 3] = matrix, np.array(found.GetTranslation()) + c - matrix @ c
-    return np.linalg.inv(_LPS @ atlas_to_scan @ _LPS)
+    return np.linalg.inv(LPS @ atlas_to_scan @ LPS)
 
 
 class AlignToAtlasd(MapTransform, InvertibleTransform):
