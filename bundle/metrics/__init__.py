@@ -1,4 +1,4 @@
-from .auprc import AUPRCMetric, PooledAUPRCMetric, average_precision
+from .auprc import AUPRCMetric, average_precision
 from .evaluation import BASELINES, BaselineMapsd, comparison_metrics, inside_brain
 from .localisation import LocalisationErrorMetric
 
@@ -7,7 +7,6 @@ __all__ = [
     "AUPRCMetric",
     "BaselineMapsd",
     "LocalisationErrorMetric",
-    "PooledAUPRCMetric",
     "average_precision",
     "comparison_metrics",
     "inside_brain",

@@ -34,25 +34,29 @@ class AUPRCMetric(CumulativeIterationMetric):
     """Average precision per case; `aggregate` gives the mean over the cases that have lesions (NaN if none has).
 
     ``y_pred`` (scores) and ``y`` are lists of ``[1, ...]`` or a batch ``[B, 1, ...]``.
+
+    Args:
+        pooled: `aggregate` gives the average precision over the voxels of all cases together instead.
     """
+
+    def __init__(self, pooled: bool = False) -> None:
+        self.pooled = pooled
+        super().__init__()
+
+    def reset(self) -> None:
+        super().reset()
+        # apart from MONAI's buffer, which would take hours to file millions of voxels one by one
+        self._voxels: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if y is None or y.shape != y_pred.shape:
             raise ValueError(f"scores {tuple(y_pred.shape)} need labels of the same shape")
+        if self.pooled:
+            self._voxels.append((y_pred.flatten(), y.flatten() > 0))
         return torch.tensor([[average_precision(p, t)] for p, t in zip(y_pred, y)])
 
     def aggregate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.pooled:
+            scores, labels = (torch.cat(v) for v in zip(*self._voxels))
+            return torch.tensor(average_precision(scores, labels))
         return self.get_buffer().nanmean()
-
-
-class PooledAUPRCMetric(CumulativeIterationMetric):
-    """Average precision over the voxels of all cases together."""
-
-    def _compute_tensor(self, y_pred: torch.Tensor, y: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if y is None or y.shape != y_pred.shape:
-            raise ValueError(f"scores {tuple(y_pred.shape)} need labels of the same shape")
-        return y_pred.reshape(-1, 1), y.reshape(-1, 1)
-
-    def aggregate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        scores, labels = self.get_buffer()
-        return torch.tensor(average_precision(scores, labels))

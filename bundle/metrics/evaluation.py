@@ -14,7 +14,7 @@ from monai.transforms import MapTransform
 
 from bundle.scoring import Calibration
 
-from .auprc import AUPRCMetric, PooledAUPRCMetric
+from .auprc import AUPRCMetric
 
 # what every table shows beside the method: anything else may be worse than doing nothing
 BASELINES = ("atlas_z", "intensity", "all_positive")
@@ -83,8 +83,6 @@ def comparison_metrics(baselines: Sequence[str] = BASELINES) -> dict[str, Metric
     for suffix in ("", *(f"_{name}" for name in baselines)):
         heatmap, lesion = inside_brain(f"heatmap{suffix}"), inside_brain(f"lesion{suffix}")
         metrics[f"auprc{suffix}"] = IgniteMetricHandler(AUPRCMetric(), output_transform=heatmap)
-        metrics[f"auprc_pooled{suffix}"] = IgniteMetricHandler(
-            PooledAUPRCMetric(), output_transform=heatmap, save_details=False
-        )
+        metrics[f"auprc_pooled{suffix}"] = IgniteMetricHandler(AUPRCMetric(pooled=True), output_transform=heatmap)
         metrics[f"dice{suffix}"] = IgniteMetricHandler(DiceMetric(), output_transform=lesion)
     return metrics
