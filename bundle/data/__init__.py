@@ -1,10 +1,12 @@
 from .atlas import Atlas, grid_affine, load_atlas
 from .cohort import Recipe, find_scans, load_recipe, prepare_cohort, split_subjects
-from .datalist import list_scans, load_datalist
+from .collate import collate_samples
+from .datalist import list_scans, load_datalist, require_dataset
 
 __all__ = [
     "Atlas",
     "Recipe",
+    "collate_samples",
     "find_scans",
     "grid_affine",
     "list_scans",
@@ -12,5 +14,6 @@ __all__ = [
     "load_datalist",
     "load_recipe",
     "prepare_cohort",
+    "require_dataset",
     "split_subjects",
 ]

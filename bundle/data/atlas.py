@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -66,7 +67,11 @@ def load_atlas(template_file: str | None = None, mask_file: str | None = None, s
         return Atlas(template, _from_nifti(load_mni152_brain_mask(resolution=spacing)))
     try:
         template = _from_nifti(nib.load(template_file))
-        mask = _from_nifti(nib.load(mask_file)) if mask_file else MetaTensor((template > 0).float()).copy_meta_from(template)
+        mask = (
+            _from_nifti(nib.load(mask_file))
+            if mask_file
+            else MetaTensor((template > 0).float()).copy_meta_from(template)
+        )
     except (OSError, nib.filebasedimages.ImageFileError) as error:
         raise InputError(f"{template_file}: the atlas cannot be read ({error}); give a NIfTI template") from error
     return Atlas(template, mask)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import re
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -16,10 +17,11 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from bundle.errors import InputError, explain
+
 from .atlas import atlas_overlap, load_atlas
 from .datalist import VOLUME_KEYS
 from .files import read_json, write_json, write_volume
-from bundle.errors import InputError, explain
 
 SECTIONS = ("training", "validation", "calibration", "test")
 
@@ -200,7 +202,9 @@ def prepare_cohort(
     write_json(file, {name: items for name, items in datalist.items() if items})
     print(f"{file}: " + ", ".join(f"{len(items)} {name}" for name, items in datalist.items() if items))
     if overlaps:
-        print(f"overlap of the brains with the atlas (Dice): median {np.median(overlaps):.3f}, least {min(overlaps):.3f}")
+        print(
+            f"overlap of the brains with the atlas (Dice): median {np.median(overlaps):.3f}, least {min(overlaps):.3f}"
+        )
     if failures:
         raise InputError("; ".join([f"{len(failures)} of {len(scans)} scans failed", *failures]), exit_code=3)
     return file

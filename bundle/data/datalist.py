@@ -5,25 +5,38 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .files import is_nifti, read_json, stem
 from bundle.errors import InputError
+
+from .files import is_nifti, read_json, stem
 
 VOLUME_KEYS = ("image", "brain_mask", "label")
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
 COMPANIONS = {"_brain_mask": "brain_mask", "_mask": "brain_mask", "_lesion": "label", "_seg": "label"}
 
 
+def require_dataset(dataset_dir: str | Path) -> None:
+    """First step of every run. Without a dataset the configs parse all the same, so that a bundle can be looked at.
+
+    Raises:
+        InputError: none was named.
+    """
+    if not dataset_dir:
+        raise InputError("no data: name it with --dataset_dir")
+
+
 def load_datalist(dataset_dir: str | Path, section: str, contrast: str | None = None) -> list[dict[str, Any]]:
     """Items of one section of a prepared dataset, with absolute paths and a unique ``name``; other keys are kept.
 
     Args:
-        dataset_dir: folder with ``datalist.json`` (MONAI's decathlon form).
+        dataset_dir: folder with ``datalist.json`` (MONAI's decathlon form); an empty name gives no items.
         section: "training", "validation", "calibration" or "test".
         contrast: keep the items of this contrast and those that name none; None keeps all.
 
     Raises:
         InputError: no such list, an empty section, an item without image, a file that is not there.
     """
+    if not dataset_dir:
+        return []
     file = Path(dataset_dir) / "datalist.json"
     if not Path(dataset_dir).is_dir():
         raise InputError(f"{dataset_dir}: not a folder; --dataset_dir needs a prepared dataset (with datalist.json)")
@@ -72,6 +85,8 @@ def list_scans(
     Raises:
         InputError: nothing there, or a mask for many scans.
     """
+    if not path:
+        return []
     path = Path(path)
     if (path / "datalist.json").is_file():
         items = [{**item, "prepared": True} for item in load_datalist(path, section, contrast)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -30,7 +31,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + path.name, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise InputError(f"{path.parent}: cannot be written ({error.strerror}); choose another output folder") from error
+        raise InputError(
+            f"{path.parent}: cannot be written ({error.strerror}); choose another output folder"
+        ) from error
     temporary = Path(name)
     try:
         yield temporary

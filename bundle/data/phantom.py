@@ -6,8 +6,9 @@ blur and noise. Some get lesions of known shape. It shows that everything works;
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,19 +27,23 @@ from tqdm import tqdm
 from .atlas import grid_affine, load_atlas
 from .files import write_json, write_volume
 
-
 # voxels around the grid from which a deformation may bring tissue in
 _MARGIN = 8
 
 
 def load_anatomy(affine: np.ndarray, spatial_size: Sequence[int]) -> torch.Tensor:
     """T1w, grey matter, white matter and brain mask of the atlas on a grid and a margin of 8 voxels around it:
-    ``[4, X + 16, Y + 16, Z + 16]``, all in [0, 1]."""
+    ``[4, X + 16, Y + 16, Z + 16]``, all in [0, 1].
+    """
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
     atlas = load_atlas(spacing=2)
     maps = [load_mni152_gm_template(resolution=2), load_mni152_wm_template(resolution=2)]
-    volumes = [atlas.template[0].numpy(), *(np.asarray(m.dataobj, np.float32) for m in maps), atlas.brain_mask[0].numpy()]
+    volumes = [
+        atlas.template[0].numpy(),
+        *(np.asarray(m.dataobj, np.float32) for m in maps),
+        atlas.brain_mask[0].numpy(),
+    ]
     sources = [atlas.template.affine.numpy(), *(m.affine for m in maps), atlas.brain_mask.affine.numpy()]
     affine = affine.copy()
     affine[:3, 3] -= affine[:3, :3].sum(1) * _MARGIN

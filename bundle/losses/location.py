@@ -21,7 +21,9 @@ class LocationLoss(_Loss):
             ValueError: the shapes do not belong together.
         """
         if pred.shape[1] != 4 or label.shape[1] != 3 or pred.shape[2:] != label.shape[2:]:
-            raise ValueError(f"expected [B, 4, H, W] and [B, 3, H, W], got {tuple(pred.shape)} and {tuple(label.shape)}")
+            raise ValueError(
+                f"expected [B, 4, H, W] and [B, 3, H, W], got {tuple(pred.shape)} and {tuple(label.shape)}"
+            )
         mean, log_variance = pred.float().chunk(2, dim=1)
         location, weight = label[:, :2], label[:, 2:]
         loss = self.coordinate_loss(mean - location, log_variance)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from ignite.metrics import Metric
@@ -12,7 +13,7 @@ from monai.handlers import IgniteMetricHandler
 from monai.metrics import DiceMetric
 from monai.transforms import MapTransform
 
-from bundle.scoring import Calibration
+from bundle.scoring import CalibrationFile
 
 from .auprc import AUPRCMetric
 
@@ -35,7 +36,7 @@ class BaselineMapsd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, calibration: Calibration, quantile: float, image_key: str = "image"
+        self, keys: KeysCollection, calibration: CalibrationFile, quantile: float, image_key: str = "image"
     ) -> None:
         super().__init__(keys)
         self.calibration, self.quantile, self.image_key = calibration, quantile, image_key
@@ -43,13 +44,14 @@ class BaselineMapsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
         d = dict(data)
         channels, image = (d[k].as_tensor().cpu().float() for k in (self.keys[0], self.image_key))
+        calibration = self.calibration.load()
         for name in BASELINES:
             if name == "all_positive":
                 heatmap = (image > 0).float()
                 threshold = 0.5
             else:
-                heatmap = self.calibration.heatmap(name, channels, image)
-                threshold = self.calibration.threshold(name, self.quantile)
+                heatmap = calibration.heatmap(name, channels, image)
+                threshold = calibration.threshold(name, self.quantile)
             d[f"heatmap_{name}"] = MetaTensor(heatmap).copy_meta_from(d[self.image_key])
             d[f"lesion_{name}"] = MetaTensor((heatmap > threshold).float()).copy_meta_from(d[self.image_key])
         return d

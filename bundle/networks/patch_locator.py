@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Sequence
-
 import torch
 from torch import nn
 
@@ -50,12 +48,10 @@ class PatchLocator(nn.Module):
         max_channels: widest convolution.
         features: width of the last convolution and of the two-layer heads (1x1 convolutions).
         position_frequencies: number of sine/cosine pairs of the slice position.
-        stride: of the output, voxels: any power of two; settable later.
+        stride: of the output, voxels; an attribute that may be set later. Powers of two are cheapest.
         detach_variance: keep the variance head's gradient out of the shared layers (faithful heteroscedastic
             regression, Stirn et al. 2023, arXiv 2212.09184).
     """
-
-    stride: int
 
     def __init__(
         self,
@@ -118,25 +114,16 @@ class PatchLocator(nn.Module):
 
     def layer_strides(self, stride: int) -> list[int]:
         """Stride of each convolution for an output stride: its own as long as that is not too coarse, then 1; what is
-        still missing at the end is left to the last one."""
+        still missing at the end is left to the last one.
+        """
         strides: list[int] = []
         remaining = stride
         for own in self.own_strides:
             take = own if remaining % own == 0 else 1
             strides.append(take)
-            remaining //= take
+            remaining = remaining // take
         strides[-1] *= remaining
         return strides
 
     def extra_repr(self) -> str:
         return f"patch_size={self.patch_size}, stride={self.stride}"
-
-
-def locate_patches_one_by_one(network: nn.Module, image: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Reference for the dense evaluation: cut every patch of ``[2, H, W]``, run each alone; ``[4, H', W']``."""
-    rows = range(image.shape[1] - patch_size + 1)
-    cols = range(image.shape[2] - patch_size + 1)
-    answers: list[Sequence[torch.Tensor]] = [
-        [network(image[None, :, i : i + patch_size, j : j + patch_size])[0, :, 0, 0] for j in cols] for i in rows
-    ]
-    return torch.stack([torch.stack(list(row), -1) for row in answers], -2)

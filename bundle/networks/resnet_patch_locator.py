@@ -60,9 +60,7 @@ class ResNetPatchLocator(nn.Module):
         patches = windows.permute(0, 2, 3, 1, 4, 5)
         # indices instead of one reshape: a slice's patches together would fill the memory
         index = torch.arange(b * h * w, device=x.device)
-        answers = [
-            self._locate(patches[i // (h * w), i // w % h, i % w]) for i in index.split(self.chunk)
-        ]
+        answers = [self._locate(patches[i // (h * w), i // w % h, i % w]) for i in index.split(self.chunk)]
         return torch.cat(answers).view(b, h, w, 4).permute(0, 3, 1, 2)
 
     def _locate(self, patches: torch.Tensor) -> torch.Tensor:

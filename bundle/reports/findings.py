@@ -13,7 +13,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from scipy import ndimage
 
@@ -100,7 +99,9 @@ class SaveFindings:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))
         try:
-            write_volume(partial / f"{name}_heatmap.nii.gz", volumes["heatmap"].astype(np.float32), heatmap.affine, header)
+            write_volume(
+                partial / f"{name}_heatmap.nii.gz", volumes["heatmap"].astype(np.float32), heatmap.affine, header
+            )
             write_volume(partial / f"{name}_lesion.nii.gz", found.astype(np.uint8), lesion.affine, header)
             draw_report(
                 partial / f"{name}_report.png",

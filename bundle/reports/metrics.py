@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from ignite.engine import Engine, Events
 
 from bundle.data.files import write_json
 from bundle.errors import InputError
 from bundle.metrics import BASELINES
+from bundle.scoring import FindLesionsd
 
 from .findings import write_table
 
@@ -32,11 +34,13 @@ class SaveMetrics:
 
     Args:
         output_dir: where to.
-        settings: what made the numbers; "score", "threshold" and "threshold_quantile" are needed, others are kept.
+        find_lesions: the transform that cuts the heatmap; tells score and threshold.
+        settings: what else made the numbers, kept with them.
     """
 
-    def __init__(self, output_dir: str, settings: Mapping[str, Any]) -> None:
-        self.output_dir, self.settings = Path(output_dir), dict(settings)
+    def __init__(self, output_dir: str, find_lesions: FindLesionsd, settings: Mapping[str, Any]) -> None:
+        self.output_dir, self.find_lesions = Path(output_dir), find_lesions
+        self.settings = {"score": find_lesions.score, **settings}
         self.names: list[str] = []
         self.failures: list[str] = []
 
@@ -74,15 +78,13 @@ class SaveMetrics:
             }
             for i, name in enumerate(self.names)
         }
-        quantile = self.settings["threshold_quantile"]
         content = {
             "methods": methods,
             "cases": cases,
             "cases_with_lesions": sum(c["all_positive"]["auprc"] is not None for c in cases.values()),
             "threshold": {
-                "value": self.settings["threshold"],
-                "chosen_by": f"quantile {quantile} of brain voxels of healthy scans held out for calibration; "
-                "baselines are cut at their own values of the same quantile",
+                "value": self.find_lesions.threshold(),
+                "chosen_by": self._chosen_by(),
             },
             "settings": self.settings,
             "failed": self.failures,
@@ -95,9 +97,18 @@ class SaveMetrics:
         ]
         write_table(self.output_dir / "metrics.csv", rows, ["case", "method", *_PER_CASE])
         print(format_table(methods))
-        print(f"{self.output_dir / 'metrics.json'}: {len(self.names)} cases, {content['cases_with_lesions']} with lesions")
+        print(
+            f"{self.output_dir / 'metrics.json'}: {len(self.names)} cases, {content['cases_with_lesions']} with lesions"
+        )
         if self.failures:
             raise InputError("; ".join(self.failures), exit_code=3)
+
+    def _chosen_by(self) -> str:
+        cut = self.find_lesions
+        baselines = f"baselines are cut at their own value of healthy quantile {cut.quantile:g}"
+        if cut.fixed_threshold is not None:
+            return f"set by hand; {baselines}"
+        return f"quantile {cut.quantile:g} of the brain voxels of healthy scans held out for calibration; {baselines}"
 
 
 def format_table(methods: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -107,5 +118,7 @@ def format_table(methods: Mapping[str, Mapping[str, float | None]]) -> str:
         return f"{'-':>12}" if value is None else f"{value:>12.4f}"
 
     header = f"{'method':<14}{'AUPRC mean':>12}{'pooled':>12}{'Dice mean':>12}"
-    lines = [f"{n:<14}{cell(m['auprc_mean'])}{cell(m['auprc_pooled'])}{cell(m['dice_mean'])}" for n, m in methods.items()]
+    lines = [
+        f"{n:<14}{cell(m['auprc_mean'])}{cell(m['auprc_pooled'])}{cell(m['dice_mean'])}" for n, m in methods.items()
+    ]
     return "\n".join([header, *lines])

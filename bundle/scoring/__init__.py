@@ -4,12 +4,13 @@ from .calibration import (
     LESION_SIGN,
     SCORES,
     Calibration,
+    CalibrationFile,
     FitCalibration,
     fit_calibration,
     load_calibration,
     save_calibration,
 )
-from .transforms import AnomalyHeatmapd
+from .transforms import AnomalyHeatmapd, FindLesionsd
 
 __all__ = [
     "BASELINES",
@@ -17,6 +18,8 @@ __all__ = [
     "SCORES",
     "AnomalyHeatmapd",
     "Calibration",
+    "CalibrationFile",
+    "FindLesionsd",
     "FitCalibration",
     "anomaly_channels",
     "fill_outside",

@@ -8,9 +8,10 @@ how many spreads a scan lies above it. The same scans, each judged by the others
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -283,6 +284,29 @@ def load_calibration(path: str | Path, model_file: str | Path, spacing: float | 
         raise InputError(f"{path}: damaged calibration ({error!r}); run the calibration again") from error
 
 
+class CalibrationFile:
+    """A calibration that is read when it is first needed, so that a bundle can be looked at before it is trained.
+
+    As a handler it reads the file when the engine starts: before the first scan, not after it.
+
+    Args:
+        path, model_file, spacing: see `load_calibration`.
+    """
+
+    def __init__(self, path: str, model_file: str, spacing: float | None = None) -> None:
+        self.path, self.model_file, self.spacing = path, model_file, spacing
+        self._loaded: Calibration | None = None
+
+    def load(self) -> Calibration:
+        """The calibration; errors as of `load_calibration`."""
+        if self._loaded is None:
+            self._loaded = load_calibration(self.path, self.model_file, self.spacing)
+        return self._loaded
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda _: self.load())
+
+
 class FitCalibration:
     """Handler: collect the anomaly channels of every scan an evaluator sees; at the end fit, save, and say so.
 
@@ -332,5 +356,8 @@ class FitCalibration:
         affine = self.affine @ np.diag([factor, factor, factor, 1.0])
         affine[:3, 3] = (self.affine @ np.array([*[(factor - 1) / 2] * 3, 1.0]))[:3]
         save_calibration(calibration, self.path, affine)
-        print(f"{self.path}: fitted to {len(self.images)} scans; 99 % of healthy brain voxels score below "
-              f"{calibration.threshold('location', 0.99):.2f}", flush=True)
+        print(
+            f"{self.path}: fitted to {len(self.images)} scans; 99 % of healthy brain voxels score below "
+            f"{calibration.threshold('location', 0.99):.2f}",
+            flush=True,
+        )

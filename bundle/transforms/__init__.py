@@ -1,5 +1,6 @@
 from .brain import BrainMaskd
 from .intensity import CorrectBiasFieldd, NormalizeBrainIntensityd
+from .load import LoadScand
 from .outside import FillOutsided, MaskOutsided
 from .sampling import AxialSlicesd, DenseLocationsd, RandAxialSlicesd, RandPatchesd
 from .spatial import AlignToAtlasd, ResampleToGrid, ResampleToGridd
@@ -11,6 +12,7 @@ __all__ = [
     "CorrectBiasFieldd",
     "DenseLocationsd",
     "FillOutsided",
+    "LoadScand",
     "MaskOutsided",
     "NormalizeBrainIntensityd",
     "RandAxialSlicesd",

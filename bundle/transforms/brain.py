@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Hashable, Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ _LARGEST_BRAIN_ML = 2200.0
 
 def close_mask(mask: torch.Tensor, voxel_mm: np.ndarray, close_mm: float) -> torch.Tensor:
     """Morphological closing of ``[1, X, Y, Z]`` with a ball of radius ``close_mm``: an anatomical label map becomes
-    a brain with its sulci."""
+    a brain with its sulci.
+    """
     pad = np.ceil(close_mm / voxel_mm).astype(int) + 1
     inside = np.pad(mask[0].cpu().numpy() > 0, [(p, p) for p in pad])
     near = ndimage.distance_transform_edt(~inside, sampling=voxel_mm) <= close_mm

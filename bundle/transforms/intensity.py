@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -57,7 +58,9 @@ class NormalizeBrainIntensityd(MapTransform):
             image = d[key].as_tensor()
             values = image[inside].float().cpu().numpy()
             if values.size == 0:
-                raise InputError(f"{name}: no brain in the field of the atlas grid; check its orientation and alignment")
+                raise InputError(
+                    f"{name}: no brain in the field of the atlas grid; check its orientation and alignment"
+                )
             if not np.isfinite(values).all():
                 raise InputError(f"{name}: {np.sum(~np.isfinite(values))} brain voxels are not finite; repair the scan")
             low, high = np.percentile(values, [self.lower, self.upper])

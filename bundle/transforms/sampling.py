@@ -7,7 +7,7 @@ Slice ``k`` of ``D`` has the slice position ``(k + 0.5) / D``. Rows run left to 
 
 from __future__ import annotations
 
-from typing import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -149,5 +149,3 @@ class DenseLocationsd(MapTransform, Randomizable):
         )
         location = torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
         return {self.keys[0]: window, self.label_key: torch.cat([location, valid.float()])}
-
-

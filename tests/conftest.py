@@ -1,0 +1,69 @@
+"""Shared fixtures: a phantom cohort on a grid so coarse that everything takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from monai.data import MetaTensor
+
+from bundle.data.phantom import make_cohort
+
+ROOT = Path(__file__).resolve().parents[1]
+GRID = {"spacing": 6.0, "spatial_size": [32, 32, 16], "patch_size": 8}
+CENTER = (0.0, -17.0, 5.0)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def grid_file(tmp_path_factory) -> Path:
+    """An overlay like configs/grid_2mm.yaml, for the tests' grid."""
+    file = tmp_path_factory.mktemp("grid") / "grid.yaml"
+    file.write_text(yaml.safe_dump({**GRID, "dense_stride": 2, "min_lesion_mm3": 0.0}))
+    return file
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> Path:
+    """A prepared dataset of phantoms: 6 to train on, 2, 4 and 2 with lesions."""
+    folder = tmp_path_factory.mktemp("cohort")
+    subjects = {"training": 6, "validation": 2, "calibration": 4, "test": 2}
+    make_cohort(folder, subjects, GRID["spacing"], GRID["spatial_size"], CENTER, radii_mm=(14.0, 20.0))
+    return folder
+
+
+def run_bundle(run_id: str, config: str, grid_file: Path, *overrides: str, cwd: Path = ROOT):
+    """`python -m monai.bundle run`, as a user types it; returns the finished process."""
+    files = f"['{ROOT}/configs/{config}.json','{grid_file}']"
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", files, *map(str, overrides)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+
+
+def meta(array, affine=None) -> MetaTensor:
+    """``[X, Y, Z]`` to a float MetaTensor with a channel."""
+    affine = np.eye(4) if affine is None else affine
+    return MetaTensor(torch.as_tensor(np.asarray(array, np.float32))[None], affine=torch.as_tensor(affine))
+
+
+def write_nifti(path: Path, array, affine=None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.asarray(array, np.float32), np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def ellipsoid(shape, radii, center=None) -> np.ndarray:
+    """Float mask of an ellipsoid, radii in voxels."""
+    center = [(n - 1) / 2 for n in shape] if center is None else center
+    grid = np.indices(shape).astype(float)
+    return (sum(((g - c) / r) ** 2 for g, c, r in zip(grid, center, radii)) <= 1).astype(np.float32)

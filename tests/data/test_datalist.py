@@ -1,0 +1,99 @@
+import json
+
+import pytest
+
+from bundle.data import list_scans, load_datalist
+from bundle.errors import InputError
+
+
+def dataset(folder, content, files=()):
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("")
+    (folder / "datalist.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def test_items_get_absolute_paths_and_keep_what_is_unknown(tmp_path):
+    items = [{"image": "i/a.nii.gz", "brain_mask": "m/a.nii.gz", "label": None, "age": 40, "contrast": "t1"}]
+    dataset(tmp_path, {"test": items}, ["i/a.nii.gz", "m/a.nii.gz"])
+    (item,) = load_datalist(tmp_path, "test", "t1")
+    assert item == {
+        "image": str(tmp_path / "i/a.nii.gz"),
+        "brain_mask": str(tmp_path / "m/a.nii.gz"),
+        "age": 40,
+        "contrast": "t1",
+        "name": "a",
+    }
+
+
+def test_contrasts_are_told_apart(tmp_path):
+    items = [{"image": "a.nii", "contrast": "t1"}, {"image": "b.nii", "contrast": "t2"}, {"image": "c.nii"}]
+    dataset(tmp_path, {"test": items}, ["a.nii", "b.nii", "c.nii"])
+    assert [i["name"] for i in load_datalist(tmp_path, "test", "t2")] == ["b", "c"]
+    assert len(load_datalist(tmp_path, "test")) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1, 2", "cannot be read"),
+        ([1, 2], "object"),
+        ({"test": {}}, "list of items"),
+        ({"test": ["a.nii"]}, "item 0 of 'test' has no path"),
+        ({"test": [{"image": 3}]}, "item 0 of 'test' has no path"),
+        ({"test": [{"image": "gone.nii"}]}, r"gone\.nii: not found"),
+        ({"test": [{"image": "a.nii", "label": ["a.nii"]}]}, "'label' must be one path"),
+        ({"training": [{"image": "a.nii"}]}, "no item of.*'test'; it holds {'training': 1}"),
+        ({"test": [{"image": "a.nii", "contrast": "t2"}]}, "contrast 't1'"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, content, message):
+    dataset(tmp_path, content, ["a.nii"])
+    with pytest.raises(InputError, match=message):
+        load_datalist(tmp_path, "test", "t1")
+
+
+def test_missing_dataset_is_named(tmp_path):
+    with pytest.raises(InputError, match="prepared dataset"):
+        load_datalist(tmp_path / "nowhere", "test")
+    with pytest.raises(InputError, match=r"datalist\.json"):
+        load_datalist(tmp_path, "test")
+
+
+def test_a_folder_of_scans_with_their_companions(tmp_path):
+    names = ["a.nii.gz", "a_brain_mask.nii.gz", "a_lesion.nii.gz", "sub/a.nii", "sub/b_mask.nii", "notes.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    scans = {s["name"]: s for s in list_scans(tmp_path)}
+    # two scans called a are told apart by their folders; a mask without a scan of its name is taken for a scan
+    assert set(scans) == {f"{tmp_path.name}_a", "sub_a", "sub_b_mask"}
+    first = scans[f"{tmp_path.name}_a"]
+    assert first["brain_mask"].endswith("a_brain_mask.nii.gz") and first["label"].endswith("a_lesion.nii.gz")
+
+
+def test_single_file_mask_and_prepared_dataset(tmp_path):
+    dataset(tmp_path, {"test": [{"image": "x.nii"}]}, ["x.nii", "m.nii"])
+    assert list_scans(tmp_path)[0]["prepared"] is True
+    (scan,) = list_scans(tmp_path / "x.nii", brain_mask=tmp_path / "m.nii")
+    assert scan["brain_mask"].endswith("m.nii") and "prepared" not in scan
+
+
+@pytest.mark.parametrize(
+    ("path", "mask", "message"),
+    [
+        ("gone", None, "not found"),
+        ("notes.txt", None, "not a NIfTI"),
+        ("empty", None, "no NIfTI"),
+        ("a.nii", "gone.nii", r"gone\.nii: brain mask not found"),
+        ("two", "a.nii", "cannot serve 2 scans"),
+    ],
+)
+def test_what_cannot_be_run_is_named(tmp_path, path, mask, message):
+    for name in ("a.nii", "notes.txt", "two/b.nii", "two/c.nii"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        list_scans(tmp_path / path, mask and tmp_path / mask)

@@ -1,0 +1,49 @@
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bundle.data.files import atomic_path, read_json, stem, write_json, write_volume
+from bundle.errors import InputError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    file = tmp_path / "result.json"
+    write_json(file, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_path(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(file.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_unwritable_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file.*output folder"), atomic_path(tmp_path / "file" / "x.json"):
+        pass
+
+
+@pytest.mark.parametrize("content", [None, "{broken", "\xff\xfe"])
+def test_unreadable_json_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "a.json").write_text(content, encoding="latin1")
+    with pytest.raises(InputError, match=r"a\.json: list"):
+        read_json(tmp_path / "a.json", "list")
+
+
+def test_volume_keeps_geometry_and_units(tmp_path):
+    affine = np.array([[0, 0, -3.0, 40], [0.5, 0, 0, -70], [0, 0.5, 0, -60], [0, 0, 0, 1]])
+    source = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine)
+    source.header.set_xyzt_units("mm", "sec")
+    source.header.set_slope_inter(0.1, 5)
+    volume = np.random.rand(4, 5, 6).astype(np.float32)
+    write_volume(tmp_path / "a.nii.gz", volume, affine, source.header)
+    back = nib.load(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(back.get_fdata(dtype=np.float32), volume)
+    np.testing.assert_allclose(back.affine, affine)
+    assert back.header.get_xyzt_units() == ("mm", "sec") and back.get_data_dtype() == np.float32
+
+
+def test_stem():
+    assert [stem(n) for n in ("a/b.nii.gz", "b.NII", "b.x.nii")] == ["b", "b", "b.x"]

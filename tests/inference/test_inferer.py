@@ -1,0 +1,91 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+
+from bundle.inference import PatchLocationInferer
+from bundle.networks import PatchLocator
+from bundle.scoring import anomaly_channels
+from tests.conftest import ellipsoid
+from tests.networks.test_patch_locator import trained
+
+P = 8
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return trained(PatchLocator(patch_size=P, channels=4, features=8))
+
+
+@pytest.fixture
+def volume():
+    brain = torch.as_tensor(ellipsoid((18, 16, 9), (7, 8, 3), center=(7, 8, 5)))
+    return brain * (0.1 + torch.rand(brain.shape))
+
+
+def brute_force(network, volume, voxel):
+    """Anomaly channels of one voxel: its patch cut out of the padded slice, and where it should be."""
+    i, j, k = voxel
+    h, w, d = volume.shape
+    padded = F.pad(volume[:, :, k], (P, P, P, P))
+    start = (i - P // 2, j - P // 2)
+    patch = padded[P + start[0] : 2 * P + start[0], P + start[1] : 2 * P + start[1]]
+    pred = network(torch.stack([patch, torch.full_like(patch, (k + 0.5) / d)])[None])
+    location = torch.tensor([(start[0] + P / 2) / h, (start[1] + P / 2) / w]).view(1, 2, 1, 1)
+    return anomaly_channels(pred, location).flatten()
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+@torch.no_grad()
+def test_every_brain_voxel_equals_its_patch_alone(network, volume, chunk):
+    out = PatchLocationInferer(P, chunk=chunk)(volume[None, None], network)
+    assert out.shape == (1, 2, *volume.shape)
+    for voxel in torch.nonzero(volume)[::7].tolist():
+        torch.testing.assert_close(
+            out[0, :, voxel[0], voxel[1], voxel[2]], brute_force(network, volume, voxel), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_outside_is_the_lowest_inside(network, volume):
+    out = PatchLocationInferer(P)(volume[None, None], network)[0]
+    inside = volume > 0
+    for channel in out:
+        assert (channel[~inside] == channel[inside].min()).all()
+
+
+def test_volumes_do_not_mix_and_geometry_is_kept(network, volume):
+    inferer = PatchLocationInferer(P)
+    batch = MetaTensor(torch.stack([volume, volume.flip(0)])[:, None], affine=torch.diag(torch.tensor([2.0, 2, 2, 1])))
+    out = inferer(batch, network)
+    torch.testing.assert_close(out[1].as_tensor(), inferer(volume.flip(0)[None, None], network)[0])
+    torch.testing.assert_close(out.affine, batch.affine)
+
+
+def test_location_output_is_the_networks(network, volume):
+    out = PatchLocationInferer(P, output="location")(volume[None, None], network)
+    assert out.shape == (1, 4, *volume.shape) and (out[:, :, volume == 0] == 0).all()
+    anomaly = PatchLocationInferer(P)(volume[None, None], network)
+    i, j, k = torch.nonzero(volume)[40].tolist()
+    location = torch.tensor([i / 18, j / 16]).view(1, 2, 1, 1)
+    expected = anomaly_channels(out[:, :, i, j, k].view(1, 4, 1, 1), location).flatten()
+    torch.testing.assert_close(anomaly[0, :, i, j, k], expected)
+
+
+def test_bfloat16_is_close(network, volume):
+    out = [
+        PatchLocationInferer(P, precision=p, output="location")(volume[None, None], network)
+        for p in ("float32", "bfloat16")
+    ]
+    assert out[1].dtype == torch.float32
+    torch.testing.assert_close(out[1], out[0], atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 8, 8, 8), (8, 8, 8)])
+def test_wrong_input_is_refused(network, shape):
+    with pytest.raises(ValueError, match="expected volumes"):
+        PatchLocationInferer(P)(torch.ones(shape), network)
+    with pytest.raises(ValueError, match="no brain"):
+        PatchLocationInferer(P)(torch.zeros(1, 1, 9, 9, 2), network)
+    with pytest.raises(ValueError, match="precision"):
+        PatchLocationInferer(P, precision="float8")

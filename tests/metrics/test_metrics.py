@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from sklearn.metrics import average_precision_score
+
+from bundle.metrics import AUPRCMetric, LocalisationErrorMetric, average_precision, comparison_metrics, inside_brain
+
+
+@pytest.mark.parametrize("decimals", [6, 1, 0], ids=["no ties", "ties", "many ties"])
+@pytest.mark.parametrize("prevalence", [0.5, 0.01])
+def test_average_precision_equals_scikit_learn(decimals, prevalence):
+    for n in (1, 2, 50, 3000):
+        labels = np.random.rand(n) < prevalence
+        labels[np.random.randint(n)] = True
+        scores = np.round(np.random.randn(n) + labels, decimals)
+        ours = average_precision(torch.as_tensor(scores), torch.as_tensor(labels))
+        assert ours == pytest.approx(average_precision_score(labels, scores), abs=1e-9)
+
+
+def test_awkward_cases():
+    assert np.isnan(average_precision(torch.rand(5), torch.zeros(5)))
+    assert average_precision(torch.rand(5), torch.ones(5)) == 1
+    constant = average_precision(torch.zeros(8), torch.tensor([1, 0, 0, 0, 1, 0, 0, 0]))
+    assert constant == pytest.approx(0.25)  # chance is the prevalence
+
+
+def test_metric_per_case_and_pooled():
+    scores = [torch.rand(1, n) for n in (40, 60, 30)]
+    labels = [(torch.rand(1, n) < 0.3).float() for n in (40, 60, 30)]
+    labels[2].zero_()
+    mean, pooled = AUPRCMetric(), AUPRCMetric(pooled=True)
+    for _ in range(2):  # a second run starts anew
+        for metric in (mean, pooled):
+            metric.reset()
+            metric(scores[:2], labels[:2])
+            metric(scores[2:], labels[2:])
+    cases = [average_precision_score(t[0], s[0]) for s, t in zip(scores[:2], labels[:2])]
+    assert mean.aggregate().item() == pytest.approx(np.mean(cases), abs=1e-6)
+    np.testing.assert_allclose(mean.get_buffer()[:, 0], [*cases, np.nan], rtol=1e-5)
+    everything = average_precision_score(torch.cat(labels, 1)[0], torch.cat(scores, 1)[0])
+    assert pooled.aggregate().item() == pytest.approx(everything, abs=1e-6)
+    with pytest.raises(ValueError, match="same shape"):
+        mean([torch.rand(1, 3)], [torch.rand(1, 4)])
+
+
+def test_missed_lesions_outside_the_brain_count():
+    image = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    case = {
+        "image": image,
+        "label": torch.tensor([[0.0, 2.0, 1.0, 0.0]]),
+        "map": torch.tensor([[5.0, 6.0, -9.0, -9.0]]),
+    }
+    y_pred, y = inside_brain("map")([{k: MetaTensor(v) for k, v in case.items()}])
+    assert y_pred[0].tolist() == [[5, 6, -9]] and y[0].tolist() == [[0, 1, 1]]
+
+
+def test_localisation_error_in_mm():
+    pred, label = torch.zeros(2, 4, 1, 2), torch.zeros(2, 3, 1, 2)
+    pred[0, :2, 0, 0] = torch.tensor([0.03, 0.02])  # 3 mm and 4 mm off
+    pred[1, :2, 0, 1] = 5.0  # not counted: no weight
+    label[0, 2, 0, 0] = label[1, 2, 0, 0] = 1
+    for euclidean, expected in ((False, 3.5 / 2), (True, 5 / 2)):
+        metric = LocalisationErrorMetric((100.0, 200.0), euclidean)
+        metric(pred, label)
+        assert metric.aggregate().item() == pytest.approx(expected)
+
+
+def test_every_method_is_measured_alike():
+    names = set(comparison_metrics())
+    for suffix in ("", "_atlas_z", "_intensity", "_all_positive"):
+        assert {f"auprc{suffix}", f"auprc_pooled{suffix}", f"dice{suffix}"} <= names

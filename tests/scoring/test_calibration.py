@@ -1,0 +1,165 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from bundle.errors import InputError
+from bundle.scoring import SCORES, fit_calibration, load_calibration, save_calibration
+from bundle.scoring.calibration import _median, file_hash, population_maps, raw_map
+from tests.conftest import ellipsoid
+
+SHAPE = (14, 16, 10)
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """Scores whose mean and spread depend on the place."""
+    generator = torch.Generator().manual_seed(0)
+    brain = torch.as_tensor(ellipsoid(SHAPE, (6, 7, 4)))[None]
+    place = torch.linspace(-3, 3, SHAPE[0]).view(1, -1, 1, 1)
+    channels, images = [], []
+    for _ in range(12):
+        noise = torch.randn(2, *SHAPE, generator=generator)
+        channels.append(place + (1 + place.abs() / 3) * noise)
+        images.append(brain * (0.1 + torch.rand(1, *SHAPE, generator=generator)))
+    return channels, images
+
+
+@pytest.fixture(scope="module")
+def calibration(healthy):
+    return fit_calibration(*healthy, "t1", spacing=2.0, smoothing_mm=2.0, median_radius=0)
+
+
+def test_median_ignores_nan_like_numpy():
+    values = torch.randn(7, 5, 4)
+    values[torch.rand(values.shape) < 0.4] = torch.nan
+    values[:, 0, 0] = torch.nan
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(_median(values), np.nanmedian(values.numpy(), 0), rtol=1e-6)
+
+
+def test_unsmoothed_maps_are_median_and_mad():
+    values = torch.randn(9, 6, 5, 4) * 2 + 7
+    mean, spread = population_maps(values, sigma_voxels=0, prior_subjects=0)
+    median = np.median(values.numpy(), 0)
+    np.testing.assert_allclose(mean[0], median, rtol=1e-5)
+    mad = 1.4826 * np.median(np.abs(values.numpy() - median), 0)
+    np.testing.assert_allclose(spread[0], np.maximum(mad, 0.25 * np.sort(mad.ravel())[(mad.size - 1) // 2]), rtol=1e-4)
+
+
+def test_one_outlier_and_voxels_of_few_brains_do_no_harm():
+    values = torch.randn(11, 8, 8, 8)
+    values[3] += 100
+    values[:, :2] = torch.nan
+    values[0, 1] = 50.0  # a voxel that only one brain has, and that one is odd
+    mean, spread = population_maps(values, sigma_voxels=1.0)
+    assert mean.isfinite().all() and spread.isfinite().all() and (spread > 0).all()
+    assert mean[0, 3:].abs().max() < 1.5 and mean[0, 0].abs().max() < 30
+
+
+def test_z_means_the_same_everywhere(healthy, calibration):
+    channels, images = healthy
+    z = torch.stack([calibration.score("location", c, i)[i > 0] for c, i in zip(channels, images)])
+    place = (torch.arange(SHAPE[0]).view(1, -1, 1, 1).expand(1, *SHAPE))[images[0] > 0]
+    raw = torch.stack([c.sum(0, keepdim=True)[i > 0] for c, i in zip(channels, images)])
+    for side in (place < 5, (place > 5) & (place < 8), place > 8):
+        assert z[:, side].mean().abs() < 0.35 and 0.6 < z[:, side].std() < 1.6
+    assert (raw[:, place > 8].mean() - raw[:, place < 5].mean()) > 3
+
+
+def test_quantiles_are_those_of_left_out_scans(healthy, calibration):
+    channels, images = healthy
+    scores = []
+    for i in range(len(images)):
+        rest = [j for j in range(len(images)) if j != i]
+        others = fit_calibration([channels[j] for j in rest], [images[j] for j in rest], "t1", 2.0, 2.0, 0)
+        scores.append(others.score("variance", channels[i], images[i])[images[i] > 0].numpy())
+    expected = np.quantile(np.concatenate(scores), [0.95, 0.99])
+    np.testing.assert_allclose([calibration.threshold("variance", q) for q in (0.95, 0.99)], expected, rtol=1e-5)
+    inside = np.concatenate([calibration.score("variance", c, i)[i > 0].numpy() for c, i in zip(channels, images)])
+    assert np.quantile(inside, 0.99) < expected[1]  # who helped to make the maps fits them better
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_is_lowest_outside_the_brain(healthy, calibration, name):
+    channels, images = healthy
+    score = calibration.score(name, channels[0], images[0])
+    inside = images[0] > 0
+    assert score.shape == (1, *SHAPE) and score.isfinite().all()
+    assert (score[~inside] == score[inside].min()).all()
+
+
+def test_scores_are_what_they_are_called(healthy, calibration):
+    channels, images = healthy
+    inside = images[0] > 0
+    uncalibrated = calibration.score("uncalibrated", channels[0], images[0])
+    torch.testing.assert_close(uncalibrated[inside], (channels[0][:1] + channels[0][1:])[inside])
+    dark = calibration.score("intensity", channels[0], images[0])
+    torch.testing.assert_close(dark[inside], -images[0][inside])  # T1w lesions are dark
+    bright = replace(calibration, contrast="flair").score("atlas_z", channels[0], images[0])
+    expected = (images[0] - calibration.mean["intensity"]) / calibration.spread["intensity"]
+    torch.testing.assert_close(bright[inside], expected[inside])
+
+
+def test_heatmap_is_median_filtered_but_baselines_are_not(healthy, calibration):
+    channels, images = healthy
+    filtered = replace(calibration, median_radius=1)
+    score = filtered.score("location", channels[0], images[0])
+    heatmap = filtered.heatmap("location", channels[0], images[0])
+    core = ndimage.binary_erosion(images[0][0] > 0)
+    np.testing.assert_allclose(heatmap[0][core], ndimage.median_filter(score[0].numpy(), 3)[core], rtol=1e-6)
+    args = ("intensity", channels[0], images[0])
+    torch.testing.assert_close(filtered.heatmap(*args), filtered.score(*args))
+
+
+def test_fine_grids_keep_coarse_maps(healthy):
+    channels, images = (
+        [torch.repeat_interleave(v, 2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3) for v in vs] for vs in healthy
+    )
+    fine = fit_calibration(channels, images, "t1", spacing=1.0, smoothing_mm=2.0, median_radius=0)
+    coarse = fit_calibration(*healthy, "t1", spacing=2.0, smoothing_mm=2.0, median_radius=0)
+    torch.testing.assert_close(fine.mean["location"], coarse.mean["location"], atol=1e-4, rtol=1e-4)
+    assert fine.score("location", channels[0], images[0]).shape == images[0].shape
+
+
+def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, calibration):
+    model, other = tmp_path / "model.pt", tmp_path / "other.pt"
+    model.write_bytes(b"weights")
+    other.write_bytes(b"others")
+    bound = replace(calibration, provenance={**calibration.provenance, "model_sha256": file_hash(model)})
+    path = tmp_path / "calibration_t1.json"
+    save_calibration(bound, path, np.eye(4))
+    loaded = load_calibration(path, model, spacing=2.0)
+    for name in loaded.mean:
+        torch.testing.assert_close(loaded.mean[name], calibration.mean[name], atol=1e-3, rtol=1e-3)
+    assert loaded.quantiles == calibration.quantiles and loaded.provenance["subjects"] == 12
+    with pytest.raises(InputError, match="another model"):
+        load_calibration(path, other)
+    with pytest.raises(InputError, match="grid of 2 mm, but 1 mm"):
+        load_calibration(path, model, spacing=1.0)
+    with pytest.raises(InputError, match="quantile 0.5"):
+        loaded.threshold("location", 0.5)
+    with pytest.raises(InputError, match="run calibration"):
+        load_calibration(tmp_path / "gone.json", model)
+    with pytest.raises(InputError, match="no trained model"):
+        load_calibration(path, tmp_path / "gone.pt")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "maps"}))
+    with pytest.raises(InputError, match="damaged"):
+        load_calibration(path, model)
+
+
+def test_too_few_scans_and_unknown_contrasts_are_refused(healthy):
+    channels, images = healthy
+    with pytest.raises(InputError, match="at least 3"):
+        fit_calibration(channels[:2], images[:2], "t1", 2.0)
+    with pytest.raises(InputError, match="pd"):
+        fit_calibration(channels, images, "pd", 2.0)
+
+
+def test_raw_maps(healthy):
+    channels, images = healthy
+    torch.testing.assert_close(raw_map("location", channels[0], images[0])[0], channels[0].sum(0))
+    torch.testing.assert_close(raw_map("squared_error", channels[0], images[0])[0], channels[0][0])

@@ -1,0 +1,121 @@
+"""The checkout as a bundle: what MONAI, the Model Zoo and users' scripts rely on."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow, verify_net_in_out
+
+from bundle.networks import PatchLocator, ResNetPatchLocator
+from tests.conftest import ROOT
+
+CONFIGS = ["train", "calibrate", "inference", "evaluate", "prepare"]
+
+
+def workflow(name: str, kind: str, **overrides):
+    files = [str(ROOT / f"configs/{name}.json"), str(ROOT / "configs/grid_2mm.yaml")]
+    parsed = ConfigWorkflow(files, workflow_type=kind, logging_file=False, bundle_root=str(ROOT), **overrides)
+    parsed.parser["initialize"] = []
+    parsed.initialize()
+    return parsed
+
+
+def test_top_level_is_as_promised():
+    for name in ("bundle", "configs", "models", "scripts", "docs", "tests", "metadata.json", "LICENSE", "README.md"):
+        assert (ROOT / name).exists(), name
+    link = ROOT / "metadata.json"
+    assert link.is_symlink() and str(link.readlink()) == "configs/metadata.json"
+    assert json.loads(link.read_text()) == json.loads((ROOT / "configs/metadata.json").read_text())
+
+
+def test_versions_agree():
+    metadata = json.loads((ROOT / "metadata.json").read_text())
+    pins = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    assert metadata["version"] in metadata["changelog"]
+    assert f'__version__ = "{metadata["version"]}"' in (ROOT / "bundle/__init__.py").read_text()
+    named = {"monai": "monai_version", "torch": "pytorch_version", "numpy": "numpy_version"}
+    stated = {k: metadata[v] for k, v in named.items()} | metadata["required_packages_version"]
+    assert {k: pins[k] for k in stated} == stated
+    project = (ROOT / "pyproject.toml").read_text().lower()
+    dependencies = set(re.findall(r'^    "([a-z0-9-]+)>=', project, re.M))
+    assert dependencies == set(stated)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("train", "train"), ("inference", "infer"), ("evaluate", "infer")])
+def test_properties_are_where_monai_looks(name, kind):
+    assert workflow(name, kind).check_properties() == []
+
+
+def test_names_that_others_override_exist():
+    train, inference = (json.loads((ROOT / f"configs/{n}.json").read_text()) for n in ("train", "inference"))
+    overrides = {
+        "contrast",
+        "max_epochs",
+        "learning_rate",
+        "patch_size",
+        "beta",
+        "val_interval",
+        "device",
+        "dataset_dir",
+    }
+    assert overrides <= set(train)
+    assert {"contrast", "score", "brain_mask", "output_dir", "network_def", "inferer", "preprocessing"} <= set(
+        inference
+    )
+    assert {"postprocessing", "handlers", "bundle_root", "device", "dataset_dir"} <= set(inference)
+    assert any("CheckpointLoader" in str(handler) for handler in inference["handlers"])
+    for name in CONFIGS:
+        assert "run" in json.loads((ROOT / f"configs/{name}.json").read_text())
+
+
+def test_no_python_hides_in_the_configs():
+    for file in (ROOT / "configs").glob("*.json"):
+        for expression in re.findall(r'"(\$[^"]*)"', file.read_text()):
+            assert len(expression) <= 100, f"{file.name}: {expression}"
+
+
+@pytest.mark.parametrize("name", ["train", "inference"])
+def test_network_matches_the_metadata(name):
+    verify_net_in_out(
+        "network_def",
+        meta_file=str(ROOT / "configs/metadata.json"),
+        config_file=str(ROOT / f"configs/{name}.json"),
+        device="cpu",
+    )
+
+
+def test_one_override_switches_the_network():
+    default = workflow("inference", "infer").network_def
+    published = workflow("inference", "infer", **{"network_def#_target_": "bundle.networks.ResNetPatchLocator"})
+    assert isinstance(default, PatchLocator) and isinstance(published.network_def, ResNetPatchLocator)
+    assert default.patch_size == published.network_def.patch_size == 12
+
+
+def test_both_grids_train_the_network_that_they_infer_with():
+    for name, size in (("grid_2mm", 12), (None, 24)):
+        files = [
+            [f"{ROOT}/configs/{c}.json", *([f"{ROOT}/configs/{name}.yaml"] if name else [])]
+            for c in ("train", "inference")
+        ]
+        states = []
+        for file in files:
+            parsed = ConfigWorkflow(file, workflow_type=None, logging_file=False, bundle_root=str(ROOT))
+            parsed.parser["initialize"] = []
+            parsed.initialize()
+            network = parsed.parser.get_parsed_content("network_def")
+            assert network.patch_size == size
+            states.append({k: v.shape for k, v in network.state_dict().items()})
+        assert states[0] == states[1]
+
+
+def test_onnx_equals_torch(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    network = PatchLocator(patch_size=8, channels=4, features=8).eval()
+    image = torch.rand(1, 2, 14, 11)
+    torch.onnx.export(network, (image,), tmp_path / "n.onnx", input_names=["image"], dynamo=False)
+    reference = pytest.importorskip("onnx.reference").ReferenceEvaluator(onnx.load(tmp_path / "n.onnx"))
+    (out,) = reference.run(None, {"image": image.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), network(image).detach(), atol=1e-4, rtol=1e-4)

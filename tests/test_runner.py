@@ -1,0 +1,162 @@
+"""From training to metrics through MONAI's own runner, as a user types it, on phantoms and a coarse grid."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT, run_bundle, write_nifti
+
+
+def succeed(*args, **kwargs):
+    result = run_bundle(*args, **kwargs)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def models(cohort, grid_file, tmp_path_factory):
+    """A model trained for a few epochs, and its calibration."""
+    folder = tmp_path_factory.mktemp("models")
+    use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
+    out = succeed("training", "train", grid_file, *use, "--max_epochs", 6, "--val_interval", 3)
+    assert "localisation_error_mm" in out
+    assert "calibration: 4 healthy scans" in succeed("calibration", "calibrate", grid_file, *use)
+    return folder
+
+
+def rows(file):
+    with file.open() as table:
+        return list(csv.DictReader(table))
+
+
+def test_training_leaves_a_flat_model_and_checkpoints(models):
+    state = torch.load(models / "model.pt", weights_only=True)
+    assert all(isinstance(v, torch.Tensor) for v in state.values())
+    assert len(list((models / "checkpoints").glob("*.pt"))) == 2
+
+
+def test_training_resumes_and_patches_train_too(models, cohort, grid_file, tmp_path):
+    use = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path, "--val_interval", 1)
+    (last,) = (models / "checkpoints").glob("*epoch=6.pt")
+    out = succeed("run", "train", grid_file, *use, "--max_epochs", 7, "--resume", last, "--sampler", "@patch_sampler")
+    assert "Epoch[7] Complete" in out and "Epoch[6] Complete" not in out
+
+
+def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
+    out = succeed(
+        "inference", "inference", grid_file, "--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path
+    )
+    assert "[2/2]" in out
+    table = rows(tmp_path / "summary.csv")
+    assert list(table[0]) == ["name", "lesion_volume_ml", "lesions", "max_score", "mean_score", "seconds", "status"]
+    items = json.loads((cohort / "datalist.json").read_text())["test"]
+    for row, item in zip(table, items):
+        name = row["name"]
+        assert row["status"] == "ok" and item["image"].endswith(f"{name}.nii.gz")
+        names = {f"{name}_{kind}" for kind in ("heatmap.nii.gz", "lesion.nii.gz", "report.png")}
+        assert {f.name for f in (tmp_path / name).iterdir()} == names
+        source, heatmap, lesion = (
+            nib.load(f)
+            for f in (cohort / item["image"], *(tmp_path / name / f"{name}_{k}.nii.gz" for k in ("heatmap", "lesion")))
+        )
+        for result, dtype in ((heatmap, np.float32), (lesion, np.uint8)):
+            assert result.shape == source.shape and result.get_data_dtype() == dtype
+            np.testing.assert_allclose(result.affine, source.affine, atol=1e-5)
+        inside = source.get_fdata() > 0
+        scores, found = heatmap.get_fdata(dtype=np.float32), np.asarray(lesion.dataobj) > 0
+        assert (scores[~inside] == scores.min()).all() and not found[~inside].any()
+        threshold = json.loads((models / "calibration_t1.json").read_text())["quantiles"]["location"]["0.99"]
+        np.testing.assert_array_equal(found, inside & (scores > threshold))
+        assert float(row["max_score"]) == pytest.approx(scores[inside].max(), abs=1e-3)
+        voxel_ml = abs(np.linalg.det(source.affine)) / 1000
+        assert float(row["lesion_volume_ml"]) == pytest.approx(found.sum() * voxel_ml, abs=0.01)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models, cohort, grid_file, tmp_path):
+    """One scan turned, flipped and resampled by its header, one broken, one with its mask beside it."""
+    item = json.loads((cohort / "datalist.json").read_text())["test"][0]
+    image = nib.load(cohort / item["image"])
+    turned = nib.as_closest_canonical(image).get_fdata()[::-1].transpose(2, 0, 1)
+    affine = image.affine @ np.array([[0, -1, 0, image.shape[0] - 1], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    folder, out = tmp_path / "scans of täglich", tmp_path / "out"
+    write_nifti(folder / "turned.nii.gz", turned, affine)
+    write_nifti(folder / "plain.nii.gz", image.get_fdata() + 1, image.affine)
+    write_nifti(folder / "plain_brain_mask.nii.gz", image.get_fdata() > 0, image.affine)
+    (folder / "broken.nii.gz").write_bytes(b"")
+    use = ("--dataset_dir", folder, "--ckpt_dir", models, "--output_dir", out, "--bias_field", "none")
+    result = run_bundle("inference", "inference", grid_file, *use)
+    assert result.returncode == 3, result.stderr
+    assert "broken.nii.gz: cannot be read" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    table = {row["name"]: row for row in rows(out / "summary.csv")}
+    assert table["broken"]["status"].startswith("failed: ") and not (out / "broken").exists()
+    results = {n: nib.load(out / n / f"{n}_heatmap.nii.gz") for n in ("turned", "plain")}
+    assert results["turned"].shape == turned.shape
+    np.testing.assert_allclose(results["turned"].affine, affine, atol=1e-5)
+    back = results["turned"].get_fdata().transpose(1, 2, 0)[::-1]
+    np.testing.assert_allclose(back, results["plain"].get_fdata(), atol=0.02)
+
+
+def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file, tmp_path):
+    from sklearn.metrics import average_precision_score
+
+    use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path)
+    succeed("evaluation", "evaluate", grid_file, *use)
+    succeed("inference", "inference", grid_file, *use)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(metrics["methods"]) == {"location", "atlas_z", "intensity", "all_positive"}
+    assert "healthy" in metrics["threshold"]["chosen_by"] and metrics["cases_with_lesions"] == 2
+    scores, labels, dices = [], [], []
+    for item in json.loads((cohort / "datalist.json").read_text())["test"]:
+        name = item["subject"]
+        inside = nib.load(cohort / item["image"]).get_fdata() > 0
+        label = nib.load(cohort / item["label"]).get_fdata()[inside] > 0
+        heatmap, lesion = (
+            nib.load(tmp_path / name / f"{name}_{k}.nii.gz").get_fdata()[inside] for k in ("heatmap", "lesion")
+        )
+        case = metrics["cases"][name]
+        assert case["location"]["auprc"] == pytest.approx(average_precision_score(label, heatmap), abs=1e-5)
+        assert case["all_positive"]["auprc"] == pytest.approx(label.mean(), abs=1e-6)
+        dices.append(2 * (lesion * label).sum() / (lesion.sum() + label.sum()))
+        assert case["location"]["dice"] == pytest.approx(dices[-1], abs=1e-5)
+        scores.append(heatmap)
+        labels.append(label)
+    method = metrics["methods"]["location"]
+    pooled = average_precision_score(np.concatenate(labels), np.concatenate(scores))
+    assert method["auprc_pooled"] == pytest.approx(pooled, abs=1e-5)
+    assert method["dice_mean"] == pytest.approx(np.mean(dices), abs=1e-5)
+    table = rows(tmp_path / "metrics.csv")
+    assert len(table) == 2 * 4 and set(table[0]) == {"case", "method", "auprc", "dice"}
+
+
+@pytest.mark.parametrize(
+    ("run_id", "config", "overrides", "message"),
+    [
+        ("training", "train", ["--dataset_dir", "nowhere"], "nowhere: not a folder"),
+        ("inference", "inference", ["--dataset_dir", "nowhere.nii.gz"], "nowhere.nii.gz: not found"),
+        ("inference", "inference", ["--ckpt_dir", "nowhere"], "nowhere/model.pt: no trained model here"),
+        ("inference", "inference", ["--score", "magic"], "score 'magic' is unknown"),
+        ("evaluation", "evaluate", ["--section", "testing"], "no item of contrast 't1' in 'testing'"),
+        ("preparation", "prepare", ["--dataset", "nothing"], "dataset 'nothing' has no recipe"),
+    ],
+)
+def test_mistakes_get_one_line(models, cohort, grid_file, tmp_path, run_id, config, overrides, message):
+    use = [] if run_id == "preparation" else ["--dataset_dir", cohort, "--ckpt_dir", models]
+    if config in ("inference", "evaluate"):
+        use += ["--output_dir", tmp_path]
+    result = run_bundle(run_id, config, grid_file, *use, *overrides)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert not list(tmp_path.rglob("*.nii.gz"))
+
+
+def test_it_runs_from_another_folder(models, cohort, grid_file, tmp_path):
+    use = ("--bundle_root", ROOT, "--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", "here")
+    succeed("run", "evaluate", grid_file, *use, cwd=tmp_path)
+    assert (tmp_path / "here/metrics.json").is_file()

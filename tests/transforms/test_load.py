@@ -1,0 +1,69 @@
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from bundle.errors import InputError
+from bundle.transforms import LoadScand
+from tests.conftest import write_nifti
+
+AFFINE = np.array([[0, 0, -3.0, 40], [0.5, 0, 0, -70], [0, 0.5, 0, -60], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 1)])
+def test_one_volume_with_its_geometry(tmp_path, shape):
+    volume = np.random.rand(*shape)
+    image = LoadScand("image")({"image": write_nifti(tmp_path / "a.nii.gz", volume, AFFINE)})["image"]
+    assert image.shape == (1, 5, 6, 7)
+    np.testing.assert_allclose(image[0], volume.reshape(5, 6, 7), rtol=1e-6)
+    np.testing.assert_allclose(image.affine, AFFINE)
+
+
+def test_integers_with_a_slope_are_scaled(tmp_path):
+    stored = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), AFFINE)
+    stored.header.set_slope_inter(0.5, 10)
+    nib.save(stored, tmp_path / "a.nii")
+    image = LoadScand("image")({"image": tmp_path / "a.nii"})["image"]
+    np.testing.assert_allclose(image[0].numpy().ravel(), nib.load(tmp_path / "a.nii").get_fdata().ravel())
+
+
+def test_missing_keys_only_where_allowed(tmp_path):
+    data = {"image": write_nifti(tmp_path / "a.nii.gz", np.ones((3, 3, 3)))}
+    assert set(LoadScand(["image", "label"], allow_missing_keys=True)(data)) == {"image"}
+    with pytest.raises(KeyError):
+        LoadScand(["image", "label"])(data)
+
+
+def broken_files(folder):
+    write_nifti(folder / "good.nii.gz", np.random.rand(9, 9, 9))
+    packed = (folder / "good.nii.gz").read_bytes()
+    return {
+        "empty.nii.gz": b"",
+        "truncated.nii.gz": packed[: len(packed) // 2],
+        "text.nii.gz": b"not an image",
+        "short.nii": gzip.decompress(packed)[:500],
+    }
+
+
+@pytest.mark.parametrize("name", ["empty.nii.gz", "truncated.nii.gz", "text.nii.gz", "short.nii", "gone.nii.gz"])
+def test_broken_files_are_named(tmp_path, name):
+    for file, content in broken_files(tmp_path).items():
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}: cannot be read"):
+        LoadScand("image")({"image": tmp_path / name})
+
+
+@pytest.mark.parametrize(("shape", "message"), [((5, 6), "dimensions"), ((5, 6, 7, 3), "holds 3 volumes")])
+def test_what_is_not_one_volume_is_named(tmp_path, shape, message):
+    with pytest.raises(InputError, match=rf"a\.nii\.gz: .*{message}"):
+        LoadScand("image")({"image": write_nifti(tmp_path / "a.nii.gz", np.ones(shape))})
+
+
+def test_singular_affine_is_named(tmp_path):
+    file = write_nifti(tmp_path / "a.nii", np.ones((3, 3, 3)))
+    content = bytearray(file.read_bytes())
+    content[312:328] = bytes(16)  # third row of the sform
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.nii"):
+        LoadScand("image")({"image": file})

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+
+from bundle.losses import BetaNLLLoss
+from bundle.networks import PatchLocator
+from bundle.transforms import AxialSlicesd, DenseLocationsd, RandAxialSlicesd, RandPatchesd
+from tests.conftest import ellipsoid, meta
+
+
+@pytest.fixture
+def volume():
+    """A brain whose intensity tells the place: 1 + row + 100 * column + 10000 * slice."""
+    shape = (30, 26, 12)
+    i, j, k = np.indices(shape)
+    return meta((1 + i + 100 * j + 10000 * k) * ellipsoid(shape, (13, 11, 4)))
+
+
+def test_slices_hold_intensity_and_position(volume):
+    slices = AxialSlicesd("image", num_slices=3)({"image": volume})
+    assert len(slices) == 3
+    for s in slices:
+        position = s["image"][1].unique()
+        k = round(float(position) * 12 - 0.5)
+        assert len(position) == 1 and 0 < position < 1
+        torch.testing.assert_close(s["image"][0], volume[0, :, :, k].as_tensor())
+        assert (s["image"][0] > 0).any()
+
+
+def test_random_slices_are_seeded_and_hold_brain(volume):
+    sampler = RandAxialSlicesd("image", num_slices=40)
+    positions = []
+    for _ in range(2):
+        sampler.set_random_state(3)
+        positions.append([float(s["image"][1, 0, 0]) for s in sampler({"image": volume})])
+        assert len(set(positions[-1])) > 3
+    assert positions[0] == positions[1]
+
+
+def test_patches_know_where_they_come_from(volume):
+    (image,) = AxialSlicesd("image", 1)({"image": volume})
+    sampler = RandPatchesd("image", patch_size=8, num_patches=30, min_brain_share=0.2).set_random_state(0)
+    full = image["image"][0]
+    for patch in sampler(image):
+        assert patch["image"].shape == (2, 8, 8) and patch["label"].shape == (3, 1, 1)
+        row, col, weight = patch["label"].flatten().tolist()
+        i, j = round(row * 30 - 4), round(col * 26 - 4)
+        torch.testing.assert_close(patch["image"][0], full[i : i + 8, j : j + 8])
+        assert weight == 1 and (patch["image"][0] > 0).float().mean() >= 0.2
+
+
+def test_an_empty_slice_gives_patches_without_weight():
+    patches = RandPatchesd("image", patch_size=8, num_patches=5)({"image": torch.zeros(2, 20, 20)})
+    assert len(patches) == 5 and all(p["label"][2] == 0 for p in patches)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_dense_locations_are_those_of_the_patches(volume, stride):
+    (item,) = AxialSlicesd("image", 1)({"image": volume})
+    sampler = DenseLocationsd("image", patch_size=8, stride=stride).set_random_state(1)
+    sizes = set()
+    for _ in range(10):
+        out = sampler(item)
+        image, label = out["image"], out["label"]
+        sizes.add((tuple(image.shape), tuple(label.shape)))
+        assert (image.shape[1] - 8) // stride + 1 == label.shape[1]
+        for i, j in np.ndindex(*label.shape[1:]):
+            patch = image[0, stride * i : stride * i + 8, stride * j : stride * j + 8]
+            share = (patch > 0).float().mean()
+            assert (label[2, i, j] == 1) == (share >= 0.2)
+            r, c = round(float(label[0, i, j]) * 30 - 4), round(float(label[1, i, j]) * 26 - 4)
+            torch.testing.assert_close(patch, item["image"][0, r : r + 8, c : c + 8])
+    assert len(sizes) == 1  # batches need one size, whatever the offset
+
+
+def test_dense_and_patch_training_agree_on_the_same_patches(volume):
+    """Same network, same patches: one pass over the slice gives the loss and gradient of all patches."""
+    (item,) = AxialSlicesd("image", 1)({"image": meta(volume[0] / volume.max())})
+    network, loss = PatchLocator(patch_size=8, channels=4, features=8, stride=2).eval(), BetaNLLLoss()
+    dense = DenseLocationsd("image", patch_size=8, stride=2)(item)
+    value = loss(network(dense["image"][None]), dense["label"][None])
+    value.backward()
+    gradients = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    patches, labels = [], []
+    for i, j in torch.nonzero(dense["label"][2]).tolist():
+        patches.append(dense["image"][:, 2 * i : 2 * i + 8, 2 * j : 2 * j + 8])
+        labels.append(dense["label"][:, i, j, None, None])
+    alone = loss(network(torch.stack(patches)), torch.stack(labels))
+    alone.backward()
+    torch.testing.assert_close(alone, value)
+    for p, g in zip(network.parameters(), gradients):
+        torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-4)
