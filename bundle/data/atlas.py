@@ -1,10 +1,10 @@
-"""The atlas: the MNI152 2009a anatomy that nilearn carries, and the grid in its space on which everything is compared."""
+"""The atlas: the MNI152 2009a anatomy that nilearn carries, and the grid in its space on which all is compared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -43,7 +43,7 @@ class Atlas(NamedTuple):
     brain_mask: MetaTensor
 
 
-def _from_nifti(image: nib.Nifti1Image) -> MetaTensor:
+def _from_nifti(image: Any) -> MetaTensor:
     data = torch.as_tensor(np.asanyarray(image.dataobj, dtype=np.float32))[None]
     return MetaTensor(data, affine=torch.as_tensor(image.affine))
 
@@ -84,7 +84,7 @@ def atlas_overlap(brain_mask: MetaTensor, atlas: Atlas) -> float:
     return float(2 * (inside & expected).sum() / (inside.sum() + expected.sum()))
 
 
-def to_sitk(image: MetaTensor, pixel_type: type = np.float32) -> sitk.Image:
+def to_sitk(image: Any, pixel_type: type = np.float32) -> sitk.Image:
     """``[1, X, Y, Z]`` with an RAS affine to an ITK image (LPS)."""
     affine = LPS @ np.asarray(image.affine, float)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)

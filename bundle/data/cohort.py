@@ -141,6 +141,9 @@ def prepare_scan(scan: dict[str, str], preprocessing: Callable, dataset_dir: str
     return item
 
 
+_preprocessing: Callable = dict  # of the worker process
+
+
 def _set_up_worker(preprocessing: Callable) -> None:
     # one thread per worker: two processes with two threads each would only get in each other's way
     torch.set_num_threads(1)

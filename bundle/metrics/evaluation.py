@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import torch
 from ignite.metrics import Metric
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -41,7 +40,7 @@ class BaselineMapsd(MapTransform):
         super().__init__(keys)
         self.calibration, self.quantile, self.image_key = calibration, quantile, image_key
 
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         channels, image = (d[k].as_tensor().cpu().float() for k in (self.keys[0], self.image_key))
         calibration = self.calibration.load()
@@ -57,14 +56,14 @@ class BaselineMapsd(MapTransform):
         return d
 
 
-def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, torch.Tensor]]], tuple[list, list]]:
+def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, Any]]], tuple[list, list]]:
     """Output transform for a metric: ``key`` and the label at the brain voxels of each case, ``[1, N]`` each.
 
     Brain is where the image is above 0. Lesion voxels outside it are kept, with whatever low value ``key`` has there:
     they count as missed, not as if they did not exist.
     """
 
-    def extract(output: Sequence[Mapping[str, torch.Tensor]]) -> tuple[list, list]:
+    def extract(output: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
         y_pred, y = [], []
         for case in output:
             label = case["label"].as_tensor().cpu() > 0

@@ -79,27 +79,29 @@ class PatchLocator(nn.Module):
         self.convolutions.append(nn.Conv2d(width_in, features, layers[-1][0], bias=False))
         self.norms.append(nn.BatchNorm2d(features))
         self.own_strides = [s for _, s in layers]
+        self.frequencies: torch.Tensor
         self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(position_frequencies) / 2, persistent=False)
         self.position = nn.Conv2d(2 * position_frequencies, features, 1)
-        self.location_head = self._head(features)
-        self.variance_head = self._head(features)
         # start at the middle of the slice with the variance of an even spread over it (1/12)
-        nn.init.constant_(self.location_head[-1].bias, 0.5)
-        nn.init.constant_(self.variance_head[-1].bias, -2.5)
+        self.location_head = self._head(features, 0.5)
+        self.variance_head = self._head(features, -2.5)
         self.stride = stride
         # convolutions run about three times faster in this layout, on CPUs and GPUs alike
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @staticmethod
-    def _head(features: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU(inplace=True), nn.Conv2d(features, 2, 1))
+    def _head(features: int, start: float) -> nn.Sequential:
+        last = nn.Conv2d(features, 2, 1)
+        nn.init.constant_(last.bias, start)  # type: ignore[arg-type]
+        return nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU(inplace=True), last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features, plane = x[:, :1].contiguous(memory_format=torch.channels_last), x[:, 1:]
         strides = self.layer_strides(self.stride)
         dilation = 1
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms)):
-            features = nn.functional.conv2d(features, convolution.weight, None, strides[i], 0, dilation)
+            weight = convolution.weight
+            features = nn.functional.conv2d(features, weight, None, strides[i], 0, dilation)  # type: ignore[arg-type]
             if i < len(self.own_strides) - 1:
                 features = nn.functional.relu(norm(features), inplace=True)
             dilation = dilation * self.own_strides[i] // min(strides[i], self.own_strides[i])

@@ -39,6 +39,7 @@ class ResNetPatchLocator(nn.Module):
         )
         features = 512
         rates = torch.exp(-torch.arange(0, features, 2) / features * torch.log(torch.tensor(10000.0)))
+        self.rates: torch.Tensor
         self.register_buffer("rates", rates, persistent=False)
         self.location_head = self._head(features)
         self.variance_head = self._head(features)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -48,7 +49,7 @@ def draw_report(
     figure = Figure(figsize=(10.5, 7.2), facecolor="black", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
-    heat = None
+    heat: Any = None
     for column, (plane, axis) in enumerate(_PLANES):
         scan, score, found, brain = (np.take(v, center[axis], axis).T for v in (image, heatmap, lesion, inside))
         truth = None if label is None else np.take(label, center[axis], axis).T

@@ -68,7 +68,7 @@ class SaveFindings:
     def start_clock(self, engine: Engine) -> None:
         self.started = time.monotonic()
 
-    def save(self, engine: Engine) -> None:
+    def save(self, engine: Any) -> None:
         for batch, output in zip(_as_list(engine.state.batch), engine.state.output):
             failure = output.get("failure")
             name = output["name"] if failure else batch["name"]
@@ -139,8 +139,8 @@ def _replace_folder(new: Path, old: Path) -> None:
     """Put folder ``new`` in the place of ``old``, which is moved away first: a rename cannot replace a full folder."""
     if old.exists():
         away = Path(tempfile.mkdtemp(prefix=".replaced-", dir=old.parent))
-        os.replace(old, away / old.name)
-        os.replace(new, old)
+        old.replace(away / old.name)
+        new.replace(old)
         shutil.rmtree(away)
     else:
-        os.replace(new, old)
+        new.replace(old)

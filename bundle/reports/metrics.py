@@ -52,7 +52,7 @@ class SaveMetrics:
     def start(self, engine: Engine) -> None:
         self.names, self.failures = [], []
 
-    def collect(self, engine: Engine) -> None:
+    def collect(self, engine: Any) -> None:
         for batch, output in zip(engine.state.batch, engine.state.output):
             if "failure" in output:
                 self.failures.append(f"{output['name']}: {output['failure']}")
@@ -60,7 +60,7 @@ class SaveMetrics:
                 self.names.append(batch["name"])
                 print(f"evaluated {len(self.names)}: {batch['name']}", flush=True)
 
-    def finish(self, engine: Engine) -> None:
+    def finish(self, engine: Any) -> None:
         metrics, details = engine.state.metrics, engine.state.metric_details
         suffixes = {self.settings["score"]: "", **{name: f"_{name}" for name in BASELINES}}
         methods = {

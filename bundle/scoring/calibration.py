@@ -271,7 +271,8 @@ def load_calibration(path: str | Path, model_file: str | Path, spacing: float | 
                 f"{path}: made on a grid of {about['spacing']:g} mm, but {spacing:g} mm is configured; "
                 "merge the config of the grid that the model was trained on"
             )
-        stored = np.asanyarray(nib.load(Path(path).with_suffix(".nii.gz")).dataobj).astype(np.float32)
+        maps: Any = nib.load(Path(path).with_suffix(".nii.gz"))
+        stored = np.asanyarray(maps.dataobj).astype(np.float32)
         volumes = {}
         for name, m in content["maps"].items():
             codes = torch.from_numpy(stored[..., m["volume"]].copy())[None]
@@ -341,7 +342,7 @@ class FitCalibration:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
-    def collect(self, engine: Engine) -> None:
+    def collect(self, engine: Any) -> None:
         for output in engine.state.output:
             self.affine = np.asarray(output["image"].affine)
             self.channels.append(output["pred"].as_tensor().cpu())

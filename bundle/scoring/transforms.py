@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -47,7 +48,7 @@ class AnomalyHeatmapd(MapTransform):
         self.score, self.calibration = check_score(score), calibration
         self.image_key, self.output_key = image_key, output_key
 
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         image = d[self.image_key]
         channels, values = (t.as_tensor().cpu().float() for t in (d[self.keys[0]], image))
@@ -82,7 +83,7 @@ class FindLesionsd(MapTransform):
         super().__init__(keys)
         self.score, self.calibration, self.quantile = check_score(score), calibration, quantile
         self.fixed_threshold, self.output_key = threshold, output_key
-        self.remove_small = RemoveSmallObjects(min_size=min_lesion_mm3, connectivity=3, by_measure=True)
+        self.remove_small = RemoveSmallObjects(int(min_lesion_mm3), connectivity=3, by_measure=True)
 
     def threshold(self) -> float:
         """The score above which a voxel is lesion; `InputError` if the calibration holds no such quantile."""
@@ -90,7 +91,7 @@ class FindLesionsd(MapTransform):
             return self.fixed_threshold
         return self.calibration.load().threshold(self.score, self.quantile)
 
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         heatmap = d[self.keys[0]]
         lesion = MetaTensor((heatmap.as_tensor() > self.threshold()).float()).copy_meta_from(heatmap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ class BrainMaskd(MapTransform):
         super().__init__(keys)
         self.mask_key, self.close_mm = mask_key, float(close_mm)
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         image = d[self.keys[0]]
         name = image.meta.get("filename_or_obj", "scan")
@@ -64,13 +65,13 @@ class BrainMaskd(MapTransform):
         d[self.mask_key] = MetaTensor(mask).copy_meta_from(image)
         return d
 
-    def _given(self, mask: MetaTensor, image: MetaTensor) -> torch.Tensor:
+    def _given(self, mask: Any, image: MetaTensor) -> torch.Tensor:
         if mask.shape[1:] != image.shape[1:] or not torch.allclose(mask.affine, image.affine, atol=1e-3):
             mask = ResampleToMatch(mode="nearest", padding_mode="zeros")(mask, img_dst=image)
         inside = (mask.as_tensor() > 0).float()
         if self.close_mm:
             voxel = np.linalg.norm(np.asarray(image.affine, float)[:3, :3], axis=0)
-            inside = FillHoles()(close_mask(inside, voxel, self.close_mm)).as_tensor()
+            inside = torch.as_tensor(FillHoles()(close_mask(inside, voxel, self.close_mm)))
         return inside
 
     @staticmethod
@@ -81,5 +82,5 @@ class BrainMaskd(MapTransform):
             raise InputError(
                 f"{name}: not skull-stripped and no brain mask given; strip it, or pass its mask with --brain_mask FILE"
             )
-        largest = KeepLargestConnectedComponent()(brain.float())
+        largest: Any = KeepLargestConnectedComponent()(brain.float())
         return torch.as_tensor(FillHoles()(largest)).float()

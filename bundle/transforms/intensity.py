@@ -49,7 +49,7 @@ class NormalizeBrainIntensityd(MapTransform):
         super().__init__(keys)
         self.mask_key, self.lower, self.upper, self.highest = mask_key, lower, upper, highest
 
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         # plain tensors: an operation on two MetaTensors would give the image the mask's history
         inside = d[self.mask_key].as_tensor() > 0

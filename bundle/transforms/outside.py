@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -21,7 +22,7 @@ class MaskOutsided(MapTransform):
         super().__init__(keys)
         self.mask_key = mask_key
 
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = d[key] * d[self.mask_key].to(d[key])
@@ -43,7 +44,7 @@ class FillOutsided(MapTransform):
         super().__init__(keys)
         self.mask_key = mask_key
 
-    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         weight = d[self.mask_key]
         inside = weight.as_tensor() >= 0.5

@@ -8,6 +8,7 @@ Slice ``k`` of ``D`` has the slice position ``(k + 0.5) / D``. Rows run left to 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 
 
-def slice_position(index: int | torch.Tensor, depth: int) -> float | torch.Tensor:
-    """Position of axial slice ``index`` among ``depth`` slices, in [0, 1]."""
+def slice_position(index: Any, depth: int) -> Any:
+    """Position of axial slice ``index`` (a number or a tensor of them) among ``depth`` slices, in [0, 1]."""
     return (index + 0.5) / depth
 
 
@@ -49,7 +50,7 @@ class AxialSlicesd(MapTransform):
         """Pick ``num_slices`` of the slice indices ``candidates``."""
         return candidates[torch.linspace(0, len(candidates) - 1, self.num_slices).round().long()]
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> list[dict[Hashable, torch.Tensor]]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
         volume = data[self.keys[0]]
         volume = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
         share = (volume[0] > 0).float().mean((0, 1))
@@ -96,7 +97,7 @@ class RandPatchesd(MapTransform, Randomizable):
         self.label_key, self.patch_size = label_key, patch_size
         self.num_patches, self.min_brain_share = num_patches, min_brain_share
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> list[dict[Hashable, torch.Tensor]]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
         image, p = data[self.keys[0]], self.patch_size
         valid = patch_brain_share(image[None, :1], p)[0, 0] >= self.min_brain_share
         starts = torch.nonzero(valid)
@@ -136,7 +137,7 @@ class DenseLocationsd(MapTransform, Randomizable):
         self.label_key, self.patch_size, self.stride = label_key, patch_size, stride
         self.min_brain_share, self.random_offset = min_brain_share, random_offset
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image, p, s = data[self.keys[0]], self.patch_size, self.stride
         offset = self.R.randint(0, s, 2).tolist() if self.random_offset else [0, 0]
         # one size for every offset, so that slices can be stacked to a batch

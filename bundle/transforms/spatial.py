@@ -35,12 +35,12 @@ class ResampleToGrid(SpatialResample):
     """
 
     def __init__(self, spacing: float, spatial_size: Sequence[int], center: Sequence[float]) -> None:
-        super().__init__(padding_mode="zeros", align_corners=True, dtype=torch.float32)
+        super().__init__(padding_mode="zeros", align_corners=True, dtype=np.float32)
         self.spacing = float(spacing)
         self.spatial_size = tuple(spatial_size)
         self.grid_affine = torch.as_tensor(grid_affine(spacing, spatial_size, center))
 
-    def __call__(self, img: MetaTensor, mode: str = "bilinear") -> MetaTensor:  # type: ignore[override]
+    def __call__(self, img: MetaTensor, mode: str = "bilinear") -> Any:
         """Args: img ``[C, X, Y, Z]``; mode "bilinear", or "nearest" for labels, which are never smoothed."""
         if mode == "bilinear":
             voxel = np.linalg.norm(np.asarray(img.affine)[:3, :3], axis=0)
@@ -67,13 +67,13 @@ class ResampleToGridd(MapTransform, InvertibleTransform):
         self.modes = ensure_tuple_rep(mode, len(self.keys))
         self.resample = ResampleToGrid(spacing, spatial_size, center)
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key, mode in self.key_iterator(d, self.modes):
             d[key] = self.resample(d[key], mode)
         return d
 
-    def inverse(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             d[key] = self.resample.inverse(d[key])

@@ -48,7 +48,7 @@ def test_splits_are_by_person_seeded_and_complete():
 
 
 def test_preparation_through_the_runner(tmp_path, grid_file):
-    """Two stripped brains, one broken file: two are prepared, the third is named, a second run does only what is left."""
+    """Two brains and a broken file: two are prepared, the third is named; a second run does only what is left."""
     source, affine = tmp_path / "raw", np.diag([-4.0, 4.0, 4.0, 1.0])
     affine[:3, 3] = [90, -110, -60]
     shape = (46, 50, 40)

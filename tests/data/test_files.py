@@ -20,7 +20,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file.*output folder"), atomic_path(tmp_path / "file" / "x.json"):
+    with pytest.raises(InputError, match=r"file.*output folder"), atomic_path(tmp_path / "file" / "x.json"):
         pass
 
 

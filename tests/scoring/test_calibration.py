@@ -140,7 +140,7 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
         load_calibration(path, other)
     with pytest.raises(InputError, match="grid of 2 mm, but 1 mm"):
         load_calibration(path, model, spacing=1.0)
-    with pytest.raises(InputError, match="quantile 0.5"):
+    with pytest.raises(InputError, match=r"quantile 0\.5"):
         loaded.threshold("location", 0.5)
     with pytest.raises(InputError, match="run calibration"):
         load_calibration(tmp_path / "gone.json", model)
