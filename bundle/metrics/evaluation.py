@@ -12,12 +12,12 @@ from monai.handlers import IgniteMetricHandler
 from monai.metrics import DiceMetric
 from monai.transforms import MapTransform
 
-from bundle.scoring import CalibrationFile
+from bundle.scoring import INTENSITY_SCORES, CalibrationFile
 
 from .auprc import AUPRCMetric
 
 # what every table shows beside the method: anything else may be worse than doing nothing
-BASELINES = ("atlas_z", "intensity", "all_positive")
+BASELINES = (*INTENSITY_SCORES, "all_positive")
 
 
 class BaselineMapsd(MapTransform):

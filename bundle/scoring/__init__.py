@@ -1,6 +1,6 @@
 from .anomaly import anomaly_channels, fill_outside
 from .calibration import (
-    BASELINES,
+    INTENSITY_SCORES,
     LESION_SIGN,
     SCORES,
     Calibration,
@@ -13,7 +13,7 @@ from .calibration import (
 from .transforms import AnomalyHeatmapd, FindLesionsd
 
 __all__ = [
-    "BASELINES",
+    "INTENSITY_SCORES",
     "LESION_SIGN",
     "SCORES",
     "AnomalyHeatmapd",

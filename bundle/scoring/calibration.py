@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
-from monai.networks.layers import GaussianFilter
 from monai.transforms import MedianSmooth
+from scipy import ndimage
 
 from bundle.data.files import read_json, write_json, write_volume
 from bundle.errors import InputError
@@ -30,10 +30,10 @@ from .anomaly import fill_outside
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # maps that are calibrated; "location" is the paper's score, the sum of the two channels
 MAPS = ("squared_error", "variance", "location", "intensity")
+# scores that need no network: the trivial methods that every table must show, judged without any filter
+INTENSITY_SCORES = ("atlas_z", "intensity")
 # what can be asked of `Calibration.score`
-SCORES = ("location", "squared_error", "variance", "uncalibrated", "atlas_z", "intensity")
-# the trivial methods that every table must show: judged as they are, without any filter
-BASELINES = ("atlas_z", "intensity")
+SCORES = ("location", "squared_error", "variance", "uncalibrated", *INTENSITY_SCORES)
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _MAP_SPACING = 2.0
 
@@ -83,7 +83,7 @@ class Calibration:
             channels: anomaly channels ``[2, H, W, D]``.
             image: normalised intensities ``[1, H, W, D]``, 0 outside the brain.
         """
-        if name in ("atlas_z", "intensity"):
+        if name in INTENSITY_SCORES:
             score = (self.standardise("intensity", image) if name == "atlas_z" else image) * LESION_SIGN[self.contrast]
         elif name == "uncalibrated":
             score = raw_map("location", channels, image)
@@ -92,9 +92,9 @@ class Calibration:
         return fill_outside(score, image > 0)
 
     def heatmap(self, name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """`score`, median-filtered unless it is a baseline, and outside the brain the lowest score inside."""
+        """`score`, median-filtered unless it is one of `INTENSITY_SCORES`, and outside the brain the lowest score inside."""
         score = self.score(name, channels, image)
-        if name in BASELINES or self.median_radius == 0:
+        if name in INTENSITY_SCORES or self.median_radius == 0:
             return score
         return fill_outside(torch.as_tensor(MedianSmooth(self.median_radius)(score)), image > 0)
 
@@ -138,18 +138,20 @@ def population_maps(
         mean and spread, ``[1, H, W, D]`` each, finite everywhere.
     """
     count = (~values.isnan()).sum(0).to(values.dtype)
-    smooth = GaussianFilter(3, sigma_voxels) if sigma_voxels > 0 else torch.nn.Identity()
+
+    def smooth(volume: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(ndimage.gaussian_filter(volume.numpy(), sigma_voxels, mode="constant"))
 
     def pooled(local: torch.Tensor, overall: torch.Tensor) -> torch.Tensor:
-        weighted = smooth((local.nan_to_num() * count)[None, None]) + prior_subjects * overall
-        return weighted / (smooth(count[None, None]) + prior_subjects)
+        weighted = smooth(local.nan_to_num() * count) + prior_subjects * overall
+        return weighted / (smooth(count) + prior_subjects)
 
     local = _median(values)
-    mean = pooled(local, local[count > 0].median())[0, 0]
+    mean = pooled(local, local[count > 0].median())
     deviation = 1.4826 * _median((values - mean).abs())
     overall = deviation[count > 0].median().clamp(min=1e-6)
-    variance = pooled(deviation**2, overall**2)[0]
-    return mean[None], variance.sqrt().clamp(min=0.25 * float(overall))
+    spread = pooled(deviation**2, overall**2).sqrt().clamp(min=0.25 * float(overall))
+    return mean[None], spread[None]
 
 
 def fit_calibration(
