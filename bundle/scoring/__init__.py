@@ -8,6 +8,7 @@ from .calibration import (
     FitCalibration,
     fit_calibration,
     load_calibration,
+    require_model,
     save_calibration,
 )
 from .transforms import AnomalyHeatmapd, FindLesionsd
@@ -25,5 +26,6 @@ __all__ = [
     "fill_outside",
     "fit_calibration",
     "load_calibration",
+    "require_model",
     "save_calibration",
 ]

@@ -92,7 +92,7 @@ class Calibration:
         return fill_outside(score, image > 0)
 
     def heatmap(self, name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """`score`, median-filtered unless it is one of `INTENSITY_SCORES`, and outside the brain the lowest score inside."""
+        """`score`, median-filtered unless it is one of `INTENSITY_SCORES`; the lowest score inside everywhere outside."""
         score = self.score(name, channels, image)
         if name in INTENSITY_SCORES or self.median_radius == 0:
             return score
@@ -250,6 +250,12 @@ def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndar
     )
 
 
+def require_model(model_file: str | Path) -> None:
+    """Raise an `InputError` unless there is a file of that name."""
+    if not Path(model_file).is_file():
+        raise InputError(f"{model_file}: no trained model here; train one or name its folder with --ckpt_dir")
+
+
 def load_calibration(path: str | Path, model_file: str | Path, spacing: float | None = None) -> Calibration:
     """Read what `save_calibration` wrote and check that it belongs to the model.
 
@@ -261,8 +267,7 @@ def load_calibration(path: str | Path, model_file: str | Path, spacing: float | 
     Raises:
         InputError: missing or damaged, made with another model or for another grid.
     """
-    if not Path(model_file).is_file():
-        raise InputError(f"{model_file}: no trained model here; train one or name its folder with --ckpt_dir")
+    require_model(model_file)
     content = read_json(path, f"calibration (make it with: run calibration --ckpt_dir {Path(path).parent})")
     try:
         about = content["provenance"]
