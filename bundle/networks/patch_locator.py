@@ -40,7 +40,7 @@ class PatchLocator(nn.Module):
     statistics, never over space.
 
     The slice position enters after the receptive field is complete, as sines and cosines through a linear layer, so
-    that one set of filters serves the whole brain; a residual layer of 1x1 convolutions lets the two interact.
+    that one set of filters serves the whole brain.
 
     Args:
         patch_size: receptive field, voxels; see `plan_layers`.
@@ -57,8 +57,8 @@ class PatchLocator(nn.Module):
         self,
         patch_size: int = 24,
         channels: int = 32,
-        max_channels: int = 128,
-        features: int = 256,
+        max_channels: int = 96,
+        features: int = 160,
         position_frequencies: int = 6,
         stride: int = 1,
         detach_variance: bool = False,
@@ -82,7 +82,6 @@ class PatchLocator(nn.Module):
         self.frequencies: torch.Tensor
         self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(position_frequencies) / 2, persistent=False)
         self.position = nn.Conv2d(2 * position_frequencies, features, 1)
-        self.mix = nn.Conv2d(features, features, 1)
         # start at the middle of the slice with the variance of an even spread over it (1/12)
         self.location_head = self._head(features, 0.5)
         self.variance_head = self._head(features, -2.5)
@@ -112,7 +111,6 @@ class PatchLocator(nn.Module):
         angle = plane[:, :, c :: self.stride, c :: self.stride][:, :, :h, :w] * self.frequencies.view(1, -1, 1, 1)
         position = self.position(torch.cat([angle.sin(), angle.cos()], 1))
         features = nn.functional.relu(self.norms[-1](features) + position)
-        features = features + nn.functional.relu(self.mix(features))
         variance_features = features.detach() if self.detach_variance else features
         return torch.cat([self.location_head(features), self.variance_head(variance_features)], 1)
 
