@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from bundle.data.files import atomic_path
 
 # one scale for every scan: from just above usual to far beyond
-HEAT_RANGE = (1.0, 6.0)
+HEAT_RANGE = (1.0, 4.0)
 FOUND_COLOUR, TRUE_COLOUR = "#ff3b30", "#34e36b"
 _PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
 
@@ -46,7 +46,7 @@ def draw_report(
     """
     inside = image > 0
     center = strongest_finding(heatmap, lesion, inside)
-    figure = Figure(figsize=(10.5, 7.2), facecolor="black", layout="constrained")
+    figure = Figure(figsize=(10.5, 6.8), facecolor="black", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     heat: Any = None
