@@ -92,7 +92,7 @@ class Calibration:
         return fill_outside(score, image > 0)
 
     def heatmap(self, name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """`score`, median-filtered unless it is one of `INTENSITY_SCORES`; the lowest score inside everywhere outside."""
+        """`score`, median-filtered unless it is one of `INTENSITY_SCORES`; outside, the lowest score inside."""
         score = self.score(name, channels, image)
         if name in INTENSITY_SCORES or self.median_radius == 0:
             return score
