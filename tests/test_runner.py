@@ -103,6 +103,25 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     np.testing.assert_allclose(back, results["plain"].get_fdata(), atol=0.02)
 
 
+def test_evaluation_survives_a_bad_scan_and_any_score(models, cohort, grid_file, tmp_path):
+    """One of two test scans is broken: the other is measured, exit code 3. A baseline may be the score."""
+    (bad,) = (item for item in json.loads((cohort / "datalist.json").read_text())["test"][:1])
+    content = {"test": [{**bad, "image": "broken.nii.gz"}, bad]}
+    dataset = tmp_path / "data"
+    for key in ("brain_mask", "label", "image"):
+        (dataset / bad[key]).parent.mkdir(parents=True, exist_ok=True)
+        (dataset / bad[key]).write_bytes((cohort / bad[key]).read_bytes())
+    (dataset / "broken.nii.gz").write_bytes(b"")
+    (dataset / "datalist.json").write_text(json.dumps(content))
+    use = ("--dataset_dir", dataset, "--ckpt_dir", models, "--output_dir", tmp_path / "out", "--score", "atlas_z")
+    result = run_bundle("evaluation", "evaluate", grid_file, *use)
+    assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
+    assert "broken.nii.gz: cannot be read" in result.stderr.splitlines()[-1]
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert list(metrics["methods"]) == ["atlas_z", "intensity", "all_positive"]
+    assert list(metrics["cases"]) == [bad["subject"]] and len(metrics["failed"]) == 1
+
+
 def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file, tmp_path):
     from sklearn.metrics import average_precision_score
 
@@ -142,6 +161,9 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
         ("inference", "inference", ["--dataset_dir", "nowhere.nii.gz"], "nowhere.nii.gz: not found"),
         ("inference", "inference", ["--ckpt_dir", "nowhere"], "nowhere/model.pt: no trained model here"),
         ("inference", "inference", ["--score", "magic"], "score 'magic' is unknown"),
+        ("inference", "inference", ["--threshold_quantile", "0.97"], "at quantile 0.97: stored are 0.9,"),
+        ("inference", "inference", ["--spacing", "5.0"], "made on another grid"),
+        ("training", "train", ["--dataset_dir", ""], "name it with --dataset_dir"),
         ("evaluation", "evaluate", ["--section", "testing"], "no item of contrast 't1' in 'testing'"),
         ("preparation", "prepare", ["--dataset", "nothing"], "dataset 'nothing' has no recipe"),
     ],

@@ -75,10 +75,10 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
     and ``label`` (absolute paths), sorted by subject.
 
     Raises:
-        InputError: nothing matches.
+        InputError: nothing matches, or more than one file where one belongs.
     """
     source = Path(source_dir)
-    scans = []
+    scans: list[dict[str, str]] = []
     for contrast, pattern in recipe.images.items():
         expression = re.escape(pattern).replace(re.escape("{subject}"), "(?P<subject>[^/]+)", 1)
         expression = expression.replace(re.escape("{subject}"), "(?P=subject)").replace(re.escape("*"), "[^/]*")
@@ -89,8 +89,15 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
             scan = {"subject": match["subject"], "contrast": contrast, "image": str(file)}
             for key in ("brain_mask", "label"):
                 companion = getattr(recipe, key)
-                if companion and (source / companion.format(subject=match["subject"])).is_file():
-                    scan[key] = str(source / companion.format(subject=match["subject"]))
+                found = sorted(source.glob(companion.replace("{subject}", match["subject"]))) if companion else []
+                if len(found) > 1:
+                    raise InputError(f"{found[0]}: one of {len(found)} files for '{key}' of {match['subject']}")
+                if found:
+                    scan[key] = str(found[0])
+            if any((s["subject"], s["contrast"]) == (scan["subject"], contrast) for s in scans):
+                raise InputError(
+                    f"{file}: a second {contrast} scan of {scan['subject']}; tell them apart in the recipe"
+                )
             scans.append(scan)
     if not scans:
         raise InputError(f"{source_dir}: nothing matches {' or '.join(recipe.images.values())}")
@@ -183,6 +190,8 @@ def prepare_cohort(
     Raises:
         InputError: nothing found; or, with exit code 3 and after the others are done, scans that failed.
     """
+    if not source_dir or not dataset_dir:
+        raise InputError("name the cohort with --source_dir and the result with --dataset_dir")
     scans = find_scans(recipe, source_dir)
     section = split_subjects(recipe, sorted({s["subject"] for s in scans}), seed)
     scans = [s for s in scans if s["subject"] in section]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,19 @@ def require_dataset(dataset_dir: str | Path) -> None:
         raise InputError("no data: name it with --dataset_dir")
 
 
-def load_datalist(dataset_dir: str | Path, section: str, contrast: str | None = None) -> list[dict[str, Any]]:
+def load_datalist(
+    dataset_dir: str | Path, section: str, contrast: str | None = None, require: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """Items of one section of a prepared dataset, with absolute paths and a unique ``name``; other keys are kept.
 
     Args:
         dataset_dir: folder with ``datalist.json`` (MONAI's decathlon form); an empty name gives no items.
         section: "training", "validation", "calibration" or "test".
         contrast: keep the items of this contrast and those that name none; None keeps all.
+        require: keys that every item must have, besides ``image``.
 
     Raises:
-        InputError: no such list, an empty section, an item without image, a file that is not there.
+        InputError: no such list, an empty section, an item without what it needs, a file that is not there.
     """
     if not dataset_dir:
         return []
@@ -50,10 +54,12 @@ def load_datalist(dataset_dir: str | Path, section: str, contrast: str | None = 
             raise InputError(f"{where} has no path called 'image'")
         if contrast and entry.get("contrast", contrast) != contrast:
             continue
-        item = dict(entry)
+        item = {key: value for key, value in entry.items() if value is not None}
+        missing = [key for key in require if key not in item]
+        if missing:
+            raise InputError(f"{where} has no '{missing[0]}', which this needs")
         for key in VOLUME_KEYS:
-            if item.get(key) is None:
-                item.pop(key, None)
+            if key not in item:
                 continue
             if not isinstance(item[key], str):
                 raise InputError(f"{where}: '{key}' must be one path")
@@ -108,13 +114,24 @@ def list_scans(
 
 
 def _list_folder(folder: Path) -> list[dict[str, Any]]:
-    files = {str(f)[: -len(f.name)] + stem(f): f for f in sorted(folder.rglob("*")) if f.is_file() and is_nifti(f)}
+    files: dict[str, Path] = {}
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if hidden or not is_nifti(file) or not file.is_file():
+            continue
+        base = str(file.with_name(stem(file)))
+        if base in files:
+            raise InputError(f"{file}: beside {files[base].name}; keep one of the two")
+        files[base] = file
+    for base in [b for b in files if b.endswith("_heatmap")]:  # results of an earlier run are no scans
+        del files[base]
+        files.pop(base.removesuffix("_heatmap") + "_lesion", None)
     scans: dict[str, dict[str, Any]] = {}
     companions = []
     for base, file in files.items():
-        ending = next((e for e in COMPANIONS if base.endswith(e) and base[: -len(e)] in files), None)
+        ending = next((e for e in COMPANIONS if base.endswith(e) and base.removesuffix(e) in files), None)
         if ending:
-            companions.append((base[: -len(ending)], COMPANIONS[ending], file))
+            companions.append((base.removesuffix(ending), COMPANIONS[ending], file))
         else:
             scans[base] = {"image": str(file)}
     for base, key, file in companions:

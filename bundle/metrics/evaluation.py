@@ -56,16 +56,25 @@ class BaselineMapsd(MapTransform):
         return d
 
 
+class CaseMetricHandler(IgniteMetricHandler):
+    """MONAI's metric handler for cases of which all may have failed: NaN then, instead of an error."""
+
+    def compute(self) -> Any:
+        return float("nan") if self.metric_fn.get_buffer() is None else super().compute()
+
+
 def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, Any]]], tuple[list, list]]:
     """Output transform for a metric: ``key`` and the label at the brain voxels of each case, ``[1, N]`` each.
 
-    Brain is where the image is above 0. Lesion voxels outside it are kept, with whatever low value ``key`` has there:
-    they count as missed, not as if they did not exist.
+    Brain is where the image is above 0. Lesion voxels outside it, but on the grid, are kept, with whatever low value
+    ``key`` has there: they count as missed, not as if they did not exist. Failed scans are left out.
     """
 
     def extract(output: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
         y_pred, y = [], []
         for case in output:
+            if "failure" in case:
+                continue
             label = case["label"].as_tensor().cpu() > 0
             keep = (case["image"].as_tensor().cpu() > 0) | label
             y_pred.append(case[key].as_tensor().cpu()[keep][None])
@@ -75,15 +84,15 @@ def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, Any]]], tuple[list
     return extract
 
 
-def comparison_metrics(baselines: Sequence[str] = BASELINES) -> dict[str, Metric]:
-    """AUPRC (per case and pooled) and Dice of the method and of each baseline, for ``additional_metrics``.
+def comparison_metrics() -> dict[str, Metric]:
+    """AUPRC (per case and pooled) and Dice of the method and of each baseline, for an evaluator's metrics.
 
     Named ``auprc``, ``auprc_pooled``, ``dice``, and the same with ``_NAME`` for a baseline.
     """
     metrics: dict[str, Any] = {}
-    for suffix in ("", *(f"_{name}" for name in baselines)):
+    for suffix in ("", *(f"_{name}" for name in BASELINES)):
         heatmap, lesion = inside_brain(f"heatmap{suffix}"), inside_brain(f"lesion{suffix}")
-        metrics[f"auprc{suffix}"] = IgniteMetricHandler(AUPRCMetric(), output_transform=heatmap)
-        metrics[f"auprc_pooled{suffix}"] = IgniteMetricHandler(AUPRCMetric(pooled=True), output_transform=heatmap)
-        metrics[f"dice{suffix}"] = IgniteMetricHandler(DiceMetric(), output_transform=lesion)
+        metrics[f"auprc{suffix}"] = CaseMetricHandler(AUPRCMetric(), output_transform=heatmap)
+        metrics[f"auprc_pooled{suffix}"] = CaseMetricHandler(AUPRCMetric(pooled=True), output_transform=heatmap)
+        metrics[f"dice{suffix}"] = CaseMetricHandler(DiceMetric(), output_transform=lesion)
     return metrics

@@ -32,7 +32,8 @@ def draw_report(
     heatmap: np.ndarray,
     lesion: np.ndarray,
     label: np.ndarray | None = None,
-    score_name: str = "score, healthy spreads above usual",
+    heat_range: tuple[float, float] = HEAT_RANGE,
+    score_name: str = "healthy spreads above usual",
 ) -> None:
     """Draw scan, heatmap and outlines in three planes through the strongest finding, and write a PNG.
 
@@ -42,6 +43,7 @@ def draw_report(
         image: ``[X, Y, Z]`` on an RAS grid of cubic voxels, 0 outside the brain.
         heatmap, lesion: on the same grid.
         label: true lesions, if known.
+        heat_range: scores of the first and last colour; below the first nothing is painted.
         score_name: legend of the colour scale.
     """
     inside = image > 0
@@ -58,9 +60,12 @@ def draw_report(
             ax.imshow(scan, cmap="gray", origin="lower", vmin=0, vmax=max(1.0, float(np.percentile(image, 99.8))))
             ax.set_axis_off()
         axes[0, column].set_title(plane, color="white", fontsize=10)
-        shown = np.ma.masked_where(~brain | (score < HEAT_RANGE[0]), score)
+        # the volume's axes run from the patient's left, so does the picture
+        for place, side in ((0.02, "L"), (0.95, "R")) if axis else ():
+            axes[0, column].text(place, 0.03, side, color="white", fontsize=9, transform=axes[0, column].transAxes)
+        shown = np.ma.masked_where(~brain | (score < heat_range[0]), score)
         heat = axes[1, column].imshow(
-            shown, cmap="inferno", origin="lower", vmin=HEAT_RANGE[0], vmax=HEAT_RANGE[1], alpha=0.85
+            shown, cmap="inferno", origin="lower", vmin=heat_range[0], vmax=heat_range[1], alpha=0.85
         )
         for mask, colour in ((truth, TRUE_COLOUR), (found, FOUND_COLOUR)):
             if mask is not None and mask.any():

@@ -18,8 +18,9 @@ from scipy import ndimage
 
 from bundle.data.files import write_text, write_volume
 from bundle.errors import InputError
+from bundle.scoring import FindLesionsd
 
-from .figure import draw_report
+from .figure import HEAT_RANGE, draw_report
 
 COLUMNS = ("name", "lesion_volume_ml", "lesions", "max_score", "mean_score", "seconds", "status")
 
@@ -38,7 +39,7 @@ class SaveFindings:
 
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
     (float32), ``NAME_lesion.nii.gz`` (uint8), both on the input's grid, and ``NAME_report.png``. When all scans are
-    done and some have failed, an `InputError` with exit code 3 (1 scan: 2) lists them.
+    done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them.
 
     Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label`` on the atlas grid,
     ``heatmap_atlas`` and ``lesion_atlas`` there too, ``heatmap`` and ``lesion`` back on the input's grid, and
@@ -46,11 +47,12 @@ class SaveFindings:
 
     Args:
         output_dir: OUT.
+        find_lesions: the transform that cuts the heatmap; tells the pictures' scale.
         total: number of scans, for the progress line.
     """
 
-    def __init__(self, output_dir: str, total: int) -> None:
-        self.output_dir, self.total = Path(output_dir), total
+    def __init__(self, output_dir: str, find_lesions: FindLesionsd, total: int) -> None:
+        self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
         self.rows: list[dict[str, Any]] = []
         self.started = time.monotonic()
 
@@ -62,14 +64,15 @@ class SaveFindings:
 
     def start(self, engine: Engine) -> None:
         self.rows = []
-        # an output folder that cannot be written to is told before the work, not after
+        # a threshold that does not exist, or a folder that cannot be written to, is told before the work
+        self.find_lesions.threshold()
         write_table(self.output_dir / "summary.csv", [], COLUMNS)
 
     def start_clock(self, engine: Engine) -> None:
         self.started = time.monotonic()
 
     def save(self, engine: Any) -> None:
-        for batch, output in zip(_as_list(engine.state.batch), engine.state.output):
+        for batch, output in zip(as_list(engine.state.batch), engine.state.output):
             failure = output.get("failure")
             name = output["name"] if failure else batch["name"]
             row: dict[str, Any] = {"name": name, "status": f"failed: {failure}"}
@@ -110,6 +113,7 @@ class SaveFindings:
                 volumes["heatmap_atlas"],
                 volumes["lesion_atlas"],
                 None if label is None else np.asarray(label[0].cpu()),
+                *self._scale(),
             )
             partial.chmod(0o777 & ~_umask())
             _replace_folder(partial, self.output_dir / name)
@@ -117,15 +121,22 @@ class SaveFindings:
             shutil.rmtree(partial, ignore_errors=True)
         return row
 
+    def _scale(self) -> tuple[tuple[float, float], str]:
+        """Range and name of the pictures' colours: one for all calibrated scores, from the threshold up for others."""
+        score, threshold = self.find_lesions.score, self.find_lesions.threshold()
+        if score in ("uncalibrated", "intensity"):
+            return (threshold, threshold + max(1.0, abs(threshold)) / 2), f"{score}, as it is"
+        return HEAT_RANGE, f"{score}: healthy spreads above usual"
+
     def finish(self, engine: Engine) -> None:
         failed = [r for r in self.rows if r["status"] != "ok"]
         print(f"{self.output_dir / 'summary.csv'}: {len(self.rows) - len(failed)} of {len(self.rows)} scans done")
         if failed:
             lines = [f"{r['name']}: {r['status']}" for r in failed]
-            raise InputError("; ".join(lines), exit_code=2 if len(self.rows) == 1 else 3)
+            raise InputError("; ".join(lines), exit_code=2 if len(failed) == len(self.rows) else 3)
 
 
-def _as_list(batch: Any) -> list[dict[str, Any]]:
+def as_list(batch: Any) -> list[dict[str, Any]]:
     return batch if isinstance(batch, list) else [batch]
 
 

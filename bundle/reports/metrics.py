@@ -14,7 +14,7 @@ from bundle.errors import InputError
 from bundle.metrics import BASELINES
 from bundle.scoring import FindLesionsd
 
-from .findings import write_table
+from .findings import as_list, write_table
 
 _PER_CASE = ("auprc", "dice")
 
@@ -51,18 +51,23 @@ class SaveMetrics:
 
     def start(self, engine: Engine) -> None:
         self.names, self.failures = [], []
+        self.find_lesions.threshold()  # a threshold that does not exist is told before the work
 
     def collect(self, engine: Any) -> None:
-        for batch, output in zip(engine.state.batch, engine.state.output):
+        for batch, output in zip(as_list(engine.state.batch), engine.state.output):
             if "failure" in output:
-                self.failures.append(f"{output['name']}: {output['failure']}")
+                self.failures.append(f"{output['name']}: failed: {output['failure']}")
+                print(self.failures[-1], flush=True)
             else:
                 self.names.append(batch["name"])
                 print(f"evaluated {len(self.names)}: {batch['name']}", flush=True)
 
     def finish(self, engine: Any) -> None:
+        if not self.names:
+            raise InputError("; ".join(self.failures))
         metrics, details = engine.state.metrics, engine.state.metric_details
-        suffixes = {self.settings["score"]: "", **{name: f"_{name}" for name in BASELINES}}
+        score = self.settings["score"]
+        suffixes = {score: "", **{name: f"_{name}" for name in BASELINES if name != score}}
         methods = {
             method: {
                 "auprc_mean": _number(metrics[f"auprc{suffix}"]),

@@ -8,7 +8,7 @@ how many spreads a scan lies above it. The same scans, each judged by the others
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,8 @@ def fit_calibration(
         for name, v in scores.items()
     }
     final = fit(everyone)
-    about = {"subjects": len(images), "spacing": spacing, "spatial_size": list(images[0].shape[1:])}
-    return Calibration(contrast, final.mean, final.spread, quantiles, median_radius, {**about, **(provenance or {})})
+    about = {"subjects": len(images), **(provenance or {})}
+    return Calibration(contrast, final.mean, final.spread, quantiles, median_radius, about)
 
 
 def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.Tensor:
@@ -256,13 +256,13 @@ def require_model(model_file: str | Path) -> None:
         raise InputError(f"{model_file}: no trained model here; train one or name its folder with --ckpt_dir")
 
 
-def load_calibration(path: str | Path, model_file: str | Path, spacing: float | None = None) -> Calibration:
+def load_calibration(path: str | Path, model_file: str | Path, grid: Mapping[str, Any] | None = None) -> Calibration:
     """Read what `save_calibration` wrote and check that it belongs to the model.
 
     Args:
         path: the JSON file.
         model_file: the model that is going to be used.
-        spacing: of the grid that is going to be used, mm; None: not checked.
+        grid: ``spacing``, ``spatial_size`` and ``center`` that are going to be used; None: not checked.
 
     Raises:
         InputError: missing or damaged, made with another model or for another grid.
@@ -273,9 +273,9 @@ def load_calibration(path: str | Path, model_file: str | Path, spacing: float | 
         about = content["provenance"]
         if about["model_sha256"] != file_hash(model_file):
             raise InputError(f"{path}: made with another model than {model_file}; run the calibration again")
-        if spacing is not None and about["spacing"] != spacing:
+        if grid is not None and about["grid"] != dict(grid):
             raise InputError(
-                f"{path}: made on a grid of {about['spacing']:g} mm, but {spacing:g} mm is configured; "
+                f"{path}: made on another grid ({about['grid']}) than is configured ({dict(grid)}); "
                 "merge the config of the grid that the model was trained on"
             )
         maps: Any = nib.load(Path(path).with_suffix(".nii.gz"))
@@ -298,17 +298,17 @@ class CalibrationFile:
     As a handler it reads the file when the engine starts: before the first scan, not after it.
 
     Args:
-        path, model_file, spacing: see `load_calibration`.
+        path, model_file, grid: see `load_calibration`.
     """
 
-    def __init__(self, path: str, model_file: str, spacing: float | None = None) -> None:
-        self.path, self.model_file, self.spacing = path, model_file, spacing
+    def __init__(self, path: str, model_file: str, grid: Mapping[str, Any] | None = None) -> None:
+        self.path, self.model_file, self.grid = path, model_file, grid
         self._loaded: Calibration | None = None
 
     def load(self) -> Calibration:
         """The calibration; errors as of `load_calibration`."""
         if self._loaded is None:
-            self._loaded = load_calibration(self.path, self.model_file, self.spacing)
+            self._loaded = load_calibration(self.path, self.model_file, self.grid)
         return self._loaded
 
     def attach(self, engine: Engine) -> None:
@@ -321,7 +321,8 @@ class FitCalibration:
     Args:
         path: of the calibration (JSON).
         model_file: the model that the evaluator runs; its hash is stored.
-        contrast, spacing, smoothing_mm, median_radius: see `fit_calibration`.
+        grid: ``spacing``, ``spatial_size`` and ``center``; stored, and compared when the calibration is used.
+        contrast, smoothing_mm, median_radius: see `fit_calibration`.
     """
 
     def __init__(
@@ -329,18 +330,12 @@ class FitCalibration:
         path: str,
         model_file: str,
         contrast: str,
-        spacing: float,
+        grid: Mapping[str, Any],
         smoothing_mm: float = 4.0,
         median_radius: int = 1,
-        fit: Callable[..., Calibration] = fit_calibration,
     ) -> None:
-        self.path, self.model_file, self.fit = path, model_file, fit
-        self.settings = {
-            "contrast": contrast,
-            "spacing": spacing,
-            "smoothing_mm": smoothing_mm,
-            "median_radius": median_radius,
-        }
+        self.path, self.model_file, self.contrast, self.grid = path, model_file, contrast, dict(grid)
+        self.smoothing_mm, self.median_radius = smoothing_mm, median_radius
         self.channels: list[torch.Tensor] = []
         self.images: list[torch.Tensor] = []
         self.affine = np.eye(4)
@@ -357,8 +352,15 @@ class FitCalibration:
         print(f"calibration: {len(self.images)} healthy scans", flush=True)
 
     def finish(self, engine: Engine) -> None:
-        provenance = {"model_sha256": file_hash(self.model_file), "smoothing_mm": self.settings["smoothing_mm"]}
-        calibration = self.fit(self.channels, self.images, **self.settings, provenance=provenance)
+        calibration = fit_calibration(
+            self.channels,
+            self.images,
+            self.contrast,
+            self.grid["spacing"],
+            self.smoothing_mm,
+            self.median_radius,
+            {"model_sha256": file_hash(self.model_file), "grid": self.grid, "smoothing_mm": self.smoothing_mm},
+        )
         # outer edges are shared, so the first voxel of a coarser map lies further in
         factor = self.images[0].shape[1] / calibration.mean["location"].shape[1]
         affine = self.affine @ np.diag([factor, factor, factor, 1.0])

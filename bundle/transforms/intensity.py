@@ -105,7 +105,13 @@ class CorrectBiasFieldd(MapTransform):
             return d
         for key in self.key_iterator(d):
             values = d[key].as_tensor() * (d[self.mask_key].as_tensor() > 0)
-            # N4 works on logarithms
+            negative = float((values < 0).sum() / (d[self.mask_key].as_tensor() > 0).sum().clamp(min=1))
+            if negative > 0.05:  # N4 works on logarithms; a few negative voxels are interpolation's
+                name = d[key].meta.get("filename_or_obj", key)
+                raise InputError(
+                    f"{name}: {negative:.0%} of the brain is negative, but N4 needs raw intensities; "
+                    "--bias_field none leaves it out"
+                )
             image = to_sitk(MetaTensor(values.clamp(min=0)).copy_meta_from(d[key]))
             mask = to_sitk(d[self.mask_key], np.uint8)
             shrink = [max(1, int(self.shrunken_mm / s + 0.5)) for s in image.GetSpacing()]

@@ -33,6 +33,14 @@ def test_scans_are_found_with_their_companions(tmp_path):
     assert found == [("s1", "t1", True), ("s1", "t2", True), ("s2", "t1", False)]
     with pytest.raises(InputError, match="nothing matches"):
         find_scans(Recipe({"t1": "{subject}.mgz"}), tmp_path)
+    (tmp_path / "mask/s1_v2.nii.gz").write_text("")
+    (scan,) = find_scans(Recipe({"t1": "t1/{subject}_T1.nii.gz"}, label="mask/{subject}_*.nii.gz"), tmp_path)[:1]
+    assert scan["label"].endswith("s1_v2.nii.gz")
+    with pytest.raises(InputError, match="one of 2 files for 'brain_mask' of s1"):
+        find_scans(Recipe({"t1": "t1/{subject}_T1.nii.gz"}, brain_mask="mask/{subject}*.nii.gz"), tmp_path)
+    (tmp_path / "t1/s1_T1w.nii.gz").write_text("")
+    with pytest.raises(InputError, match="a second t1 scan of s1"):
+        find_scans(Recipe({"t1": "t1/{subject}_T1*.nii.gz"}), tmp_path)
 
 
 def test_splits_are_by_person_seeded_and_complete():

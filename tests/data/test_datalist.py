@@ -54,6 +54,12 @@ def test_what_is_wrong_is_named(tmp_path, content, message):
         load_datalist(tmp_path, "test", "t1")
 
 
+def test_required_keys_are_named(tmp_path):
+    dataset(tmp_path, {"test": [{"image": "a.nii", "label": "a.nii", "age": None}, {"image": "a.nii"}]}, ["a.nii"])
+    with pytest.raises(InputError, match="item 1 of 'test' has no 'label'"):
+        load_datalist(tmp_path, "test", require=["label"])
+
+
 def test_missing_dataset_is_named(tmp_path):
     with pytest.raises(InputError, match="prepared dataset"):
         load_datalist(tmp_path / "nowhere", "test")
@@ -63,8 +69,9 @@ def test_missing_dataset_is_named(tmp_path):
 
 def test_a_folder_of_scans_with_their_companions(tmp_path):
     names = ["a.nii.gz", "a_brain_mask.nii.gz", "a_lesion.nii.gz", "sub/a.nii", "sub/b_mask.nii", "notes.txt"]
+    names += ["out/a/a_heatmap.nii.gz", "out/a/a_lesion.nii.gz", "._a.nii.gz", ".partial-x/c.nii.gz"]
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     scans = {s["name"]: s for s in list_scans(tmp_path)}
     # two scans called a are told apart by their folders; a mask without a scan of its name is taken for a scan
@@ -88,10 +95,11 @@ def test_single_file_mask_and_prepared_dataset(tmp_path):
         ("empty", None, "no NIfTI"),
         ("a.nii", "gone.nii", r"gone\.nii: brain mask not found"),
         ("two", "a.nii", "cannot serve 2 scans"),
+        ("twice", None, "keep one of the two"),
     ],
 )
 def test_what_cannot_be_run_is_named(tmp_path, path, mask, message):
-    for name in ("a.nii", "notes.txt", "two/b.nii", "two/c.nii"):
+    for name in ("a.nii", "notes.txt", "two/b.nii", "two/c.nii", "twice/b.nii", "twice/b.nii.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "empty").mkdir()

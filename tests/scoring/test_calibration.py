@@ -129,17 +129,20 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
     model, other = tmp_path / "model.pt", tmp_path / "other.pt"
     model.write_bytes(b"weights")
     other.write_bytes(b"others")
-    bound = replace(calibration, provenance={**calibration.provenance, "model_sha256": file_hash(model)})
+    grid = {"spacing": 2.0, "spatial_size": list(SHAPE), "center": [0.0, 0.0, 0.0]}
+    about = {**calibration.provenance, "model_sha256": file_hash(model), "grid": grid}
+    bound = replace(calibration, provenance=about)
     path = tmp_path / "calibration_t1.json"
     save_calibration(bound, path, np.eye(4))
-    loaded = load_calibration(path, model, spacing=2.0)
+    loaded = load_calibration(path, model, grid)
     for name in loaded.mean:
         torch.testing.assert_close(loaded.mean[name], calibration.mean[name], atol=1e-3, rtol=1e-3)
     assert loaded.quantiles == calibration.quantiles and loaded.provenance["subjects"] == 12
     with pytest.raises(InputError, match="another model"):
         load_calibration(path, other)
-    with pytest.raises(InputError, match="grid of 2 mm, but 1 mm"):
-        load_calibration(path, model, spacing=1.0)
+    for other_grid in ({**grid, "spacing": 1.0}, {**grid, "center": [0.0, 0.0, 9.0]}):
+        with pytest.raises(InputError, match="another grid"):
+            load_calibration(path, model, other_grid)
     with pytest.raises(InputError, match=r"quantile 0\.5"):
         loaded.threshold("location", 0.5)
     with pytest.raises(InputError, match="run calibration"):

@@ -63,6 +63,12 @@ def test_shading_is_divided_out(brain):
     assert ratio.std() / ratio.mean() < 0.3 * before.std() / before.mean()
 
 
+def test_n4_refuses_what_has_no_logarithm(brain):
+    data = {"image": meta(np.random.standard_normal(SHAPE)), "brain_mask": meta(brain)}
+    with pytest.raises(InputError, match="negative"):
+        CorrectBiasFieldd("image")(data)
+
+
 def test_prepared_scans_are_not_corrected_again(brain):
     data = {"image": meta(np.random.rand(*SHAPE)), "brain_mask": meta(brain)}
     for item in ({**data, "prepared": True}, data):
