@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import shutil
 import tempfile
 import time
@@ -16,7 +15,7 @@ import numpy as np
 from ignite.engine import Engine, Events
 from scipy import ndimage
 
-from bundle.data.files import write_text, write_volume
+from bundle.data.files import share, write_text, write_volume
 from bundle.errors import InputError
 from bundle.scoring import FindLesionsd
 
@@ -115,7 +114,7 @@ class SaveFindings:
                 None if label is None else np.asarray(label[0].cpu()),
                 *self._scale(),
             )
-            partial.chmod(0o777 & ~_umask())
+            share(partial)
             _replace_folder(partial, self.output_dir / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -138,12 +137,6 @@ class SaveFindings:
 
 def as_list(batch: Any) -> list[dict[str, Any]]:
     return batch if isinstance(batch, list) else [batch]
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
 
 
 def _replace_folder(new: Path, old: Path) -> None:
