@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
-
-from bundle.errors import InputError
 
 # ITK counts to the left, back and up, NIfTI to the right, front and up
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -48,33 +45,12 @@ def _from_nifti(image: Any) -> MetaTensor:
     return MetaTensor(data, affine=torch.as_tensor(image.affine))
 
 
-@lru_cache(maxsize=4)
-def load_atlas(template_file: str | None = None, mask_file: str | None = None, spacing: int = 2) -> Atlas:
-    """The default atlas (MNI152 2009a symmetric T1w, from the nilearn wheel) or any skull-stripped template file.
+@lru_cache(maxsize=1)
+def load_atlas() -> Atlas:
+    """MNI152 2009a symmetric T1w and its brain mask at 2 mm, from the nilearn wheel."""
+    from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
 
-    Args:
-        template_file: NIfTI template of a head or a brain; None for MNI152.
-        mask_file: its brain mask; None: every voxel of the template above zero.
-        spacing: mm, of the default atlas only.
-
-    Raises:
-        InputError: the template file cannot be read.
-    """
-    if template_file is None:
-        from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
-
-        template = _from_nifti(load_mni152_template(resolution=spacing))
-        return Atlas(template, _from_nifti(load_mni152_brain_mask(resolution=spacing)))
-    try:
-        template = _from_nifti(nib.load(template_file))
-        mask = (
-            _from_nifti(nib.load(mask_file))
-            if mask_file
-            else MetaTensor((template > 0).float()).copy_meta_from(template)
-        )
-    except (OSError, nib.filebasedimages.ImageFileError) as error:
-        raise InputError(f"{template_file}: the atlas cannot be read ({error}); give a NIfTI template") from error
-    return Atlas(template, mask)
+    return Atlas(_from_nifti(load_mni152_template(resolution=2)), _from_nifti(load_mni152_brain_mask(resolution=2)))
 
 
 def atlas_overlap(brain_mask: MetaTensor, atlas: Atlas) -> float:

@@ -37,7 +37,7 @@ def load_anatomy(affine: np.ndarray, spatial_size: Sequence[int]) -> torch.Tenso
     """
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
-    atlas = load_atlas(spacing=2)
+    atlas = load_atlas()
     maps = [load_mni152_gm_template(resolution=2), load_mni152_wm_template(resolution=2)]
     volumes = [
         atlas.template[0].numpy(),

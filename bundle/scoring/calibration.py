@@ -142,9 +142,10 @@ def population_maps(
     def smooth(volume: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(ndimage.gaussian_filter(volume.numpy(), sigma_voxels, mode="constant"))
 
+    weight = smooth(count) + prior_subjects
+
     def pooled(local: torch.Tensor, overall: torch.Tensor) -> torch.Tensor:
-        weighted = smooth(local.nan_to_num() * count) + prior_subjects * overall
-        return weighted / (smooth(count) + prior_subjects)
+        return (smooth(local.nan_to_num() * count) + prior_subjects * overall) / weight
 
     local = _median(values)
     mean = pooled(local, local[count > 0].median())

@@ -140,7 +140,6 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
         method: "affine" (register), "none" (the scan is already in atlas space) or "auto": register unless the
             scan comes from a prepared dataset (its item says ``prepared``) or lies there already
             (`atlas_overlap` of at least 0.9).
-        template_file: other template than MNI152, see `load_atlas`.
     """
 
     def __init__(
@@ -149,13 +148,12 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
         image_key: str = "image",
         mask_key: str = "brain_mask",
         method: str = "affine",
-        template_file: str | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         if method not in ("affine", "none", "auto"):
             raise InputError(f"alignment '{method}' is unknown: use 'affine', 'auto' or 'none'")
-        self.image_key, self.mask_key, self.method, self.template_file = image_key, mask_key, method, template_file
+        self.image_key, self.mask_key, self.method = image_key, mask_key, method
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -172,7 +170,7 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
         """4x4 matrix from the scan's world to the atlas'."""
         if self.method == "none" or (self.method == "auto" and d.get("prepared")):
             return np.eye(4)
-        atlas = load_atlas(self.template_file)
+        atlas = load_atlas()
         if self.method == "auto" and atlas_overlap(d[self.mask_key], atlas) >= _ALREADY_ALIGNED:
             return np.eye(4)
         return register_to_atlas(d[self.image_key], d[self.mask_key], atlas)
