@@ -62,6 +62,36 @@ def write_nifti(path: Path, array, affine=None) -> Path:
     return path
 
 
+def write_dicom(folder: Path, volume: np.ndarray, affine: np.ndarray, skip: tuple[int, ...] = ()) -> Path:
+    """A series of MR slices: ``volume`` ``[X, Y, Z]`` of whole numbers, ``affine`` in RAS mm; without slices ``skip``."""
+    import pydicom
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    voxel = np.linalg.norm(lps[:3, :3], axis=0)
+    series, study, frame = generate_uid(), generate_uid(), generate_uid()
+    for k in set(range(volume.shape[2])) - set(skip):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = MRImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        file = pydicom.dataset.Dataset()
+        file.file_meta = meta
+        file.SOPClassUID, file.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        file.SeriesInstanceUID, file.StudyInstanceUID, file.FrameOfReferenceUID = series, study, frame
+        file.Modality, file.PatientName, file.PatientID, file.InstanceNumber = "MR", "Phantom", "1", k + 1
+        file.ImagePositionPatient = [float(v) for v in (lps @ [0, 0, k, 1])[:3]]
+        file.ImageOrientationPatient = [float(v) for v in (lps[:3, :2] / voxel[:2]).T.ravel()]
+        file.PixelSpacing, file.SliceThickness = [float(voxel[1]), float(voxel[0])], float(voxel[2])
+        file.Rows, file.Columns = volume.shape[1], volume.shape[0]
+        file.SamplesPerPixel, file.PhotometricInterpretation, file.PixelRepresentation = 1, "MONOCHROME2", 0
+        file.BitsAllocated, file.BitsStored, file.HighBit = 16, 16, 15
+        file.PixelData = np.ascontiguousarray(volume[:, :, k].T.astype("<u2")).tobytes()
+        # numbered backwards: the order is in the header, not in the names
+        file.save_as(folder / f"IM{volume.shape[2] - k:04d}", enforce_file_format=True)
+    return folder
+
+
 def ellipsoid(shape, radii, center=None) -> np.ndarray:
     """Float mask of an ellipsoid, radii in voxels."""
     center = [(n - 1) / 2 for n in shape] if center is None else center

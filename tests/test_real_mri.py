@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
-from monai.transforms import Compose, Orientationd
+import torch
+from monai.transforms import Compose, Invertd, Orientationd
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from bundle.data import find_scans, load_atlas, load_recipe
 from bundle.data.atlas import atlas_overlap
-from bundle.transforms import AlignToAtlasd, BrainMaskd, LoadScand, NormalizeBrainIntensityd, ResampleToGridd
-from tests.conftest import CENTER, ROOT
+from bundle.transforms import (
+    AlignToAtlasd,
+    BrainMaskd,
+    FillOutsided,
+    LoadScand,
+    MaskOutsided,
+    NormalizeBrainIntensityd,
+    ResampleToGridd,
+)
+from tests.conftest import CENTER, ROOT, write_nifti
 
 DATA = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real scans in {DATA}")
+
+
+def chain(close_mm=0.0):
+    keys = ["image", "brain_mask"]
+    return Compose(
+        [
+            LoadScand(keys, allow_missing_keys=True),
+            Orientationd(keys, axcodes="RAS", labels=None, allow_missing_keys=True),
+            BrainMaskd("image", close_mm=close_mm),
+            AlignToAtlasd(keys, allow_missing_keys=True),
+            ResampleToGridd("image", 2.0, (96, 96, 50), CENTER, allow_missing_keys=True),
+            NormalizeBrainIntensityd("image"),
+        ]
+    )
+
+
+def dice(a, b):
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
 
 
 @pytest.mark.parametrize(
@@ -26,18 +56,73 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real scans in {DA
 def test_real_brains_land_on_the_atlas(recipe, source, contrast):
     cohort = load_recipe(ROOT / "configs/datasets", recipe)
     scan = next(s for s in find_scans(cohort, DATA / source) if s["contrast"] == contrast)
-    keys = [k for k in ("image", "brain_mask") if k in scan]
-    chain = Compose(
-        [
-            LoadScand(keys),
-            Orientationd(keys, axcodes="RAS", labels=None),
-            BrainMaskd("image", close_mm=cohort.close_mm),
-            AlignToAtlasd(["image", "brain_mask"]),
-            ResampleToGridd(["image", "brain_mask"], 2.0, (96, 96, 50), CENTER, mode=("bilinear", "nearest")),
-            NormalizeBrainIntensityd("image"),
-        ]
-    )
-    data = chain({k: scan[k] for k in keys})
+    data = chain(cohort.close_mm)({k: scan[k] for k in ("image", "brain_mask") if k in scan})
     assert atlas_overlap(data["brain_mask"], load_atlas()) > 0.94
     image, inside = data["image"][0].numpy(), data["brain_mask"][0].numpy() > 0
     assert ((image > 0) == inside).all() and np.median(image[inside]) > 0.2
+
+
+def there_and_back(file):
+    """Brain mask on the atlas grid, overlap with the atlas', and the normalised scan back in its own space, with the
+    brain there.
+    """
+    transform = chain()
+    data = transform({"image": str(file)})
+    mask, overlap = data["brain_mask"][0].numpy() > 0, atlas_overlap(data["brain_mask"], load_atlas())
+    data["heatmap"] = data["image"] * 1
+    data = MaskOutsided("heatmap")(data)
+    data = Invertd(["heatmap", "brain_mask"], transform, orig_keys="image", nearest_interp=False)(data)
+    data = FillOutsided("heatmap")(data)
+    return mask, overlap, data["heatmap"], data["brain_mask"]
+
+
+def test_three_contrasts_of_a_raw_head_meet_on_the_atlas():
+    """Whole heads on three grids of thick slices."""
+    found = [there_and_back(DATA / f"ljubljana_raw/patient01/{c}.nii.gz") for c in ("T1W", "T2W", "FLAIR")]
+    assert min(overlap for _, overlap, *_ in found) >= 0.93
+    masks = [mask for mask, *_ in found]
+    assert min(dice(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2))) >= 0.95
+
+
+@pytest.fixture(scope="module")
+def original():
+    file = DATA / "ixi_hh_2mm/t1/IXI012-HH-1211_T1.nii.gz"
+    return nib.as_closest_canonical(nib.load(file)), there_and_back(file)
+
+
+@pytest.mark.parametrize("change", ["reoriented", "rotated", "shifted", "cropped"])
+def test_the_same_head_lands_in_the_same_place(original, tmp_path, change):
+    image, (mask, _, heatmap, brain) = original
+    volume, affine = image.get_fdata(), image.affine
+    undo = lambda v: v  # noqa: E731
+    if change == "reoriented":
+        turn = np.array([[0, -1, 0, volume.shape[0] - 1], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+        volume, affine = volume[::-1].transpose(2, 0, 1), affine @ turn
+        undo = lambda v: v.transpose(1, 2, 0)[::-1]  # noqa: E731
+    elif change == "rotated":  # the head, not the grid: voxels are interpolated
+        middle = (np.array(volume.shape) - 1) / 2
+        turn = Rotation.from_euler("x", 30, degrees=True).as_matrix()
+        volume = ndimage.affine_transform(volume, turn, middle - turn @ middle, order=1)
+        undo = lambda v: ndimage.affine_transform(v, turn.T, middle - turn.T @ middle, order=1)  # noqa: E731
+    elif change == "shifted":
+        affine = affine + np.array([[0, 0, 0, 40], [0, 0, 0, -40], [0, 0, 0, 40], [0, 0, 0, 0]])
+    else:
+        inside = original[1][3].as_tensor()
+        lowest = int(torch.nonzero(_canonical(inside, original)[0].any(0).any(0))[0]) - 4
+        volume = volume[..., lowest:]
+        affine = affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, lowest], [0, 0, 0, 1]])
+        undo = lambda v: np.pad(v, [(0, 0), (0, 0), (lowest, 0)])  # noqa: E731
+    found, _, changed, _ = there_and_back(write_nifti(tmp_path / "changed.nii.gz", volume, affine))
+    assert dice(mask, found) >= 0.97
+    assert changed.shape[1:] == volume.shape
+    np.testing.assert_allclose(changed.affine, affine, atol=1e-3)
+    back, expected = undo(changed[0].numpy()), _canonical(heatmap, original)[0].numpy()
+    inside = ndimage.binary_erosion(_canonical(brain, original)[0].numpy() > 0, iterations=2)
+    assert np.corrcoef(back[inside], expected[inside])[0, 1] > 0.9
+
+
+def _canonical(volume, original):
+    """``[1, X, Y, Z]`` in the file's axes to RAS, as the changes are made there."""
+    file = nib.load(DATA / "ixi_hh_2mm/t1/IXI012-HH-1211_T1.nii.gz")
+    array = nib.as_closest_canonical(nib.Nifti1Image(np.asarray(volume[0], np.float32), file.affine)).get_fdata()
+    return torch.as_tensor(array)[None]

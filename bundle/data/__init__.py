@@ -1,5 +1,5 @@
 from .atlas import Atlas, grid_affine, load_atlas
-from .cohort import Recipe, find_scans, load_recipe, prepare_cohort, split_subjects
+from .cohort import Recipe, find_scans, load_recipe, prepare_cohort, split_people
 from .collate import collate_samples
 from .datalist import list_scans, load_datalist, require_dataset
 
@@ -15,5 +15,5 @@ __all__ = [
     "load_recipe",
     "prepare_cohort",
     "require_dataset",
-    "split_subjects",
+    "split_people",
 ]

@@ -1,16 +1,24 @@
-"""The atlas: the MNI152 2009a anatomy that nilearn carries, and the grid in its space on which all is compared."""
+"""The atlas (by default the MNI152 2009a anatomy that nilearn carries), and the grid in its space on which all is
+compared.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
+
+from bundle.errors import InputError
+
+from .files import stem
 
 # ITK counts to the left, back and up, NIfTI to the right, front and up
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -45,12 +53,31 @@ def _from_nifti(image: Any) -> MetaTensor:
     return MetaTensor(data, affine=torch.as_tensor(image.affine))
 
 
-@lru_cache(maxsize=1)
-def load_atlas() -> Atlas:
-    """MNI152 2009a symmetric T1w and its brain mask at 2 mm, from the nilearn wheel."""
-    from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
+@lru_cache(maxsize=2)
+def load_atlas(template: str | None = None) -> Atlas:
+    """A template to align scans to.
 
-    return Atlas(_from_nifti(load_mni152_template(resolution=2)), _from_nifti(load_mni152_brain_mask(resolution=2)))
+    Args:
+        template: NIfTI file of a brain, skull-stripped or with its mask beside it (``NAME_brain_mask.nii.gz``), such
+            as SRI24's; None takes the MNI152 2009a symmetric T1w at 2 mm from the nilearn wheel. Set ``grid_center``
+            to the middle of the part of it that is to be looked at.
+
+    Raises:
+        InputError: not a readable 3D file, or a whole head without a mask.
+    """
+    if template is None:
+        from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
+
+        return Atlas(_from_nifti(load_mni152_template(resolution=2)), _from_nifti(load_mni152_brain_mask(resolution=2)))
+    try:
+        mask_file = Path(template).with_name(stem(template) + "_brain_mask.nii.gz")
+        volume = _from_nifti(nib.squeeze_image(nib.load(template)))
+        mask = (_from_nifti(nib.load(mask_file)) if mask_file.is_file() else volume) > 0
+    except Exception as error:  # nibabel has many for what is no image
+        raise InputError(f"{template}: atlas cannot be read as a NIfTI image") from error
+    if volume.ndim != 4 or mask.shape != volume.shape or not 0 < mask.float().mean() < 0.7:
+        raise InputError(f"{template}: an atlas must be one skull-stripped brain, or have {mask_file.name} beside it")
+    return Atlas(volume, MetaTensor(mask.as_tensor().float(), affine=volume.affine))
 
 
 def atlas_overlap(brain_mask: MetaTensor, atlas: Atlas) -> float:
@@ -69,3 +96,12 @@ def to_sitk(image: Any, pixel_type: type = np.float32) -> sitk.Image:
     out.SetOrigin(affine[:3, 3].tolist())
     out.SetDirection((affine[:3, :3] / spacing).flatten().tolist())
     return out
+
+
+def from_sitk(image: sitk.Image) -> MetaTensor:
+    """A 3D ITK image (LPS) to ``[1, X, Y, Z]``, float32, with an affine in RAS mm."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    data = torch.as_tensor(sitk.GetArrayFromImage(image).astype(np.float32).T.copy())[None]
+    return MetaTensor(data, affine=torch.as_tensor(LPS @ affine))

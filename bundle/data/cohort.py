@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 import yaml
+from monai.transforms import ResampleToMatch
 from tqdm import tqdm
 
 from bundle.errors import InputError, explain
@@ -30,29 +33,33 @@ SECTIONS = ("training", "validation", "calibration", "test")
 class Recipe:
     """How a cohort lies on disk: read from ``configs/datasets/NAME.yaml``.
 
-    Paths are patterns relative to the source folder, in which ``{subject}`` stands for one path part or a piece of it.
+    Patterns are paths relative to the source folder, of any case: ``{subject}`` and ``{session}`` stand for one path
+    part or a piece of it, ``*`` for anything but ``/``, ``**/`` for any folders or none. Where a list is given, a file
+    may match any of them. A pattern that ends in ``/`` names folders with a DICOM series each.
 
     Attributes:
-        images: contrast -> pattern.
-        brain_mask, label: patterns, optional.
+        images: contrast -> pattern, or a list.
+        brain_mask, label: patterns, or lists; optional.
         close_mm: radius by which the mask is closed (for label maps of tissue), mm.
         alignment: "affine" or "none" (already in atlas space).
+        ignored_labels: values of the label that are neither lesion nor healthy: left out when methods are scored.
         person: regular expression on the subject; what it matches tells people apart, so that rescans of one stay
-            together. Default: the subject itself.
+            together. Default: all of ``{subject}``, without the session.
         splits: section -> number of people, or "rest".
     """
 
-    images: dict[str, str]
-    brain_mask: str | None = None
-    label: str | None = None
+    images: dict[str, str | list[str]]
+    brain_mask: str | list[str] | None = None
+    label: str | list[str] | None = None
     close_mm: float = 0.0
     alignment: str = "affine"
+    ignored_labels: list[int] = field(default_factory=list)
     person: str = ".*"
     splits: dict[str, int | str] = field(default_factory=lambda: {"test": "rest"})
 
 
-def load_recipe(folder: str | Path, name: str) -> Recipe:
-    """Read the recipe ``name`` from ``folder``.
+def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | None = None) -> Recipe:
+    """Read the recipe ``name`` from ``folder``; ``splits`` takes the place of the recipe's.
 
     Raises:
         InputError: no such recipe, or unknown entries in it.
@@ -61,107 +68,163 @@ def load_recipe(folder: str | Path, name: str) -> Recipe:
     if not file.is_file():
         known = ", ".join(sorted(f.stem for f in Path(folder).glob("*.yaml")))
         raise InputError(f"dataset '{name}' has no recipe {file}; there are: {known}")
-    content = yaml.safe_load(file.read_text())
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
+    if splits:
+        content["splits"] = splits
     unknown = set(content) - {f.name for f in fields(Recipe)}
-    if unknown or "images" not in content:
+    if unknown or not isinstance(content.get("images"), dict):
         raise InputError(f"{file}: unknown entries {sorted(unknown)} or no 'images'")
     if set(content.get("splits", {})) - set(SECTIONS):
         raise InputError(f"{file}: splits may be {', '.join(SECTIONS)}")
     return Recipe(**content)
 
 
+def _patterns(given: str | list[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or [])
+
+
+def _matches(patterns: str | list[str] | None, paths: list[str], **known: str | None) -> list[re.Match]:
+    """Matches of ``paths``, each with any of the patterns; ``known`` are the subject and session to look for."""
+    found: dict[str, re.Match] = {}
+    for pattern in _patterns(patterns):
+        expression, seen = "", set()
+        for token in re.split(r"(\*\*/|\*|\{subject\}|\{session\})", pattern):
+            name = token[1:-1]
+            if token in ("{subject}", "{session}"):
+                any_part = f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)"
+                expression += re.escape(str(known[name])) if known.get(name) else any_part
+                seen.add(name)
+            else:
+                expression += {"**/": "(?:.*/)?", "*": "[^/]*"}.get(token, re.escape(token))
+        compiled = re.compile(expression, re.IGNORECASE)
+        found.update((path, match) for path in paths if (match := compiled.fullmatch(path)))
+    return list(found.values())
+
+
 def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
-    """Scans of a cohort: dictionaries with ``subject``, ``contrast``, ``image`` and, where they exist, ``brain_mask``
-    and ``label`` (absolute paths), sorted by subject.
+    """Scans of a cohort: dictionaries with ``subject`` (with its session, if there is one), ``person``, ``contrast``,
+    ``image`` and, where they exist, ``brain_mask`` and ``label`` (paths), sorted by subject.
 
     Raises:
         InputError: nothing matches, or more than one file where one belongs.
     """
     source = Path(source_dir)
-    scans: list[dict[str, str]] = []
-    for contrast, pattern in recipe.images.items():
-        expression = re.escape(pattern).replace(re.escape("{subject}"), "(?P<subject>[^/]+)", 1)
-        expression = expression.replace(re.escape("{subject}"), "(?P=subject)").replace(re.escape("*"), "[^/]*")
-        for file in source.glob(pattern.replace("{subject}", "*")):
-            match = re.fullmatch(expression, file.relative_to(source).as_posix())
-            if match is None:
-                continue
-            scan = {"subject": match["subject"], "contrast": contrast, "image": str(file)}
+    paths = [f.relative_to(source).as_posix() + "/" * f.is_dir() for f in sorted(source.rglob("*"))]
+    paths = [p for p in paths if not any(part.startswith(".") for part in p.split("/"))]
+    scans: dict[tuple[str, str], dict[str, str]] = {}
+    for contrast, patterns in recipe.images.items():
+        for match in _matches(patterns, paths):
+            subject, session, path = match["subject"], match.groupdict().get("session"), match[0]
+            name = f"{subject}_{session}" if session else subject
+            if (name, contrast) in scans:
+                raise InputError(f"{source / path}: a second {contrast} scan of {name}; tell them apart in the recipe")
+            person = (re.search(recipe.person, subject) or [subject])[0]
+            scan = {"subject": name, "person": person, "contrast": contrast, "image": str(source / path)}
             for key in ("brain_mask", "label"):
-                companion = getattr(recipe, key)
-                found = sorted(source.glob(companion.replace("{subject}", match["subject"]))) if companion else []
+                found = [m[0] for m in _matches(getattr(recipe, key), paths, subject=subject, session=session)]
                 if len(found) > 1:
-                    raise InputError(f"{found[0]}: one of {len(found)} files for '{key}' of {match['subject']}")
+                    raise InputError(f"{source / found[0]}: one of {len(found)} files for '{key}' of {name}")
                 if found:
-                    scan[key] = str(found[0])
-            if any((s["subject"], s["contrast"]) == (scan["subject"], contrast) for s in scans):
-                raise InputError(
-                    f"{file}: a second {contrast} scan of {scan['subject']}; tell them apart in the recipe"
-                )
-            scans.append(scan)
+                    scan[key] = str(source / found[0])
+            scans[name, contrast] = scan
     if not scans:
-        raise InputError(f"{source_dir}: nothing matches {' or '.join(recipe.images.values())}")
-    return sorted(scans, key=lambda s: (s["subject"], s["contrast"]))
+        wanted = " or ".join(p for patterns in recipe.images.values() for p in _patterns(patterns))
+        raise InputError(f"{source_dir}: nothing matches {wanted}")
+    return [scans[key] for key in sorted(scans)]
 
 
-def split_subjects(recipe: Recipe, subjects: list[str], seed: int = 0) -> dict[str, str]:
-    """Section of each subject: people are shuffled by ``seed`` and dealt out by the recipe's numbers.
+def split_people(recipe: Recipe, people: Iterable[str], seed: int = 0) -> dict[str, str]:
+    """Section of each person: they are shuffled by ``seed`` and dealt out by the recipe's numbers.
 
     Raises:
         InputError: fewer people than the recipe asks for.
     """
-    person = {s: (re.search(recipe.person, s) or [s])[0] for s in subjects}
-    people = sorted(set(person.values()))
-    np.random.RandomState(seed).shuffle(people)
+    left = sorted(set(people))
+    np.random.RandomState(seed).shuffle(left)
     fixed = {k: n for k, n in recipe.splits.items() if isinstance(n, int)}
-    if sum(fixed.values()) > len(people):
-        raise InputError(f"the recipe's splits {recipe.splits} need more than the {len(people)} people found")
+    if sum(fixed.values()) > len(left):
+        raise InputError(
+            f"splits {recipe.splits} need more than the {len(left)} people found; choose yours with --splits"
+        )
     rest = next((k for k, n in recipe.splits.items() if not isinstance(n, int)), None)
     section: dict[str, str] = {}
     for name, number in fixed.items():
-        section.update(dict.fromkeys(people[:number], name))
-        people = people[number:]
+        section.update(dict.fromkeys(left[:number], name))
+        left = left[number:]
     if rest:
-        section.update(dict.fromkeys(people, rest))
-    return {s: section[person[s]] for s in subjects if person[s] in section}
+        section.update(dict.fromkeys(left, rest))
+    return section
 
 
-def prepare_scan(scan: dict[str, str], preprocessing: Callable, dataset_dir: str | Path) -> dict[str, Any]:
-    """Run one scan through the chain, save it, and return its item for ``datalist.json``.
+@dataclass(frozen=True)
+class Preparation:
+    """What is done with each scan: everything that a worker process needs.
 
-    The item also tells ``atlas_overlap``: Dice of its brain mask and the atlas' on the grid, 1 is perfect.
-    Its record is written last: where that exists, the scan is done and not touched again.
+    Attributes:
+        dataset_dir: where the results go.
+        preprocessing: the chain, from files to ``image``, ``brain_mask``, ``label`` and, for the quality sheet, ``head``
+            (with its skull) on the grid.
+        settings: what the chain was made from; a scan prepared with others, or from another file, is done again.
+        draw_alignment: draws the quality sheet of a scan, see `bundle.reports.draw_alignment`; None draws none.
+        atlas: template file, see `load_atlas`.
     """
-    folder = Path(dataset_dir)
-    name = f"{scan['subject']}_{scan['contrast']}"
-    record = folder / "records" / f"{name}.json"
-    if record.is_file():
-        return read_json(record, "record of a prepared scan")
-    data = preprocessing({key: scan[key] for key in VOLUME_KEYS if key in scan})
-    overlap = atlas_overlap(data["brain_mask"], load_atlas())
-    item: dict[str, Any] = {key: f"{key}s/{name}.nii.gz" for key in VOLUME_KEYS if key in data}
-    for key, file in item.items():
-        dtype = np.float32 if key == "image" else np.uint8
-        write_volume(folder / file, data[key][0].numpy().astype(dtype), data[key].affine)
-    item.update(subject=scan["subject"], contrast=scan["contrast"], atlas_overlap=round(overlap, 4))
-    write_json(record, item)
-    return item
+
+    dataset_dir: Path
+    preprocessing: Callable
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    draw_alignment: Callable | None = None
+    atlas: str | None = None
+
+    def _made_from(self, scan: Mapping[str, str]) -> str:
+        files = {k: [Path(scan[k]).stat().st_size, Path(scan[k]).stat().st_mtime] for k in VOLUME_KEYS if k in scan}
+        return hashlib.sha256(json.dumps([dict(self.settings), files], sort_keys=True).encode()).hexdigest()
+
+    def __call__(self, scan: Mapping[str, str]) -> dict[str, Any]:
+        """Run one scan through the chain, save it, and return its item for ``datalist.json``.
+
+        The item also tells ``atlas_overlap``: Dice of its brain mask and the atlas' on the grid, 1 is perfect.
+        The record is written last: where it exists, the scan is done and not touched again.
+        """
+        name = f"{scan['subject']}_{scan['contrast']}"
+        record, made_from = self.dataset_dir / "records" / f"{name}.json", self._made_from(scan)
+        if record.is_file():
+            done = read_json(record, "record of a prepared scan")
+            if done["made_from"] == made_from:
+                return done["item"]
+        data = self.preprocessing({key: scan[key] for key in VOLUME_KEYS if key in scan})
+        atlas = load_atlas(self.atlas)
+        overlap = atlas_overlap(data["brain_mask"], atlas)
+        item: dict[str, Any] = {key: f"{key}s/{name}.nii.gz" for key in VOLUME_KEYS if key in data}
+        for key, file in item.items():
+            dtype = np.float32 if key == "image" else np.uint8
+            write_volume(self.dataset_dir / file, data[key][0].numpy().astype(dtype), data[key].affine)
+        if self.draw_alignment:
+            expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(atlas.brain_mask, img_dst=data["image"])
+            masks = [m[0].numpy() > 0 for m in (data["brain_mask"], expected)]
+            head = data.get("head", data["image"])[0].numpy()
+            self.draw_alignment(self.dataset_dir / "qc" / f"{name}.png", f"{name}  {overlap:.3f}", head, *masks)
+        item.update(subject=scan["subject"], contrast=scan["contrast"], atlas_overlap=round(overlap, 4))
+        write_json(record, {"item": item, "made_from": made_from})
+        return item
 
 
-_preprocessing: Callable = dict  # of the worker process
+_prepare: Callable = dict  # of the worker process
 
 
-def _set_up_worker(preprocessing: Callable) -> None:
+def _set_up_worker(prepare: Preparation) -> None:
     # one thread per worker: two processes with two threads each would only get in each other's way
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    global _preprocessing
-    _preprocessing = preprocessing
+    global _prepare
+    _prepare = prepare
 
 
-def _work(scan: dict[str, str], dataset_dir: str) -> tuple[dict[str, Any] | None, str]:
+def _work(scan: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
     try:
-        return prepare_scan(scan, _preprocessing, dataset_dir), ""
+        return _prepare(scan), ""
     except Exception as error:  # one broken scan must not stop the others; it is told at the end
         return None, explain(error)
 
@@ -171,16 +234,22 @@ def prepare_cohort(
     source_dir: str | Path,
     dataset_dir: str | Path,
     preprocessing: Callable,
+    settings: Mapping[str, Any] | None = None,
+    draw_alignment: Callable | None = None,
+    draw_contact_sheet: Callable | None = None,
+    atlas: str | None = None,
     seed: int = 0,
     num_workers: int = 2,
 ) -> Path:
-    """Turn a cohort into a prepared dataset: volumes on the atlas grid and ``datalist.json``. Resumable.
+    """Turn a cohort into a prepared dataset: volumes on the atlas grid, ``datalist.json`` and, in ``qc``, a sheet per
+    scan and ``contact_sheet.png``, the worst aligned scans first. Resumable.
 
     Args:
         recipe: how the cohort lies on disk.
         source_dir: where; never written to.
-        dataset_dir: result; what is there already is kept.
-        preprocessing: the chain, from files to ``image``, ``brain_mask`` and ``label`` on the grid.
+        dataset_dir: result; what is there already, from the same files and settings, is kept.
+        preprocessing, settings, draw_alignment, atlas: see `Preparation`.
+        draw_contact_sheet: called with the sheets' paths and the path to write; None draws none.
         seed: of the split.
         num_workers: processes.
 
@@ -192,31 +261,45 @@ def prepare_cohort(
     """
     if not source_dir or not dataset_dir:
         raise InputError("name the cohort with --source_dir and the result with --dataset_dir")
+    if not Path(source_dir).is_dir():
+        raise InputError(f"{source_dir}: not a folder; --source_dir needs the cohort as it was downloaded")
+    folder = Path(dataset_dir)
     scans = find_scans(recipe, source_dir)
-    section = split_subjects(recipe, sorted({s["subject"] for s in scans}), seed)
-    scans = [s for s in scans if s["subject"] in section]
+    section = split_people(recipe, (s["person"] for s in scans), seed)
+    scans = [s for s in scans if s["person"] in section]
+    settings = {**(settings or {}), "alignment": recipe.alignment, "close_mm": recipe.close_mm}
+    prepare = Preparation(folder, preprocessing, settings, draw_alignment, atlas)
     datalist: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
     failures: list[str] = []
     with ProcessPoolExecutor(
-        max(1, num_workers), multiprocessing.get_context("spawn"), _set_up_worker, (preprocessing,)
+        max(1, num_workers), multiprocessing.get_context("spawn"), _set_up_worker, (prepare,)
     ) as pool:
-        futures = {pool.submit(_work, scan, str(dataset_dir)): scan for scan in scans}
+        futures = {pool.submit(_work, scan): scan for scan in scans}
         for future in tqdm(as_completed(futures), total=len(futures), desc="preparing", unit="scan", file=sys.stdout):
+            scan = futures[future]
             item, failure = future.result()
             if item is None:
-                failures.append(f"{futures[future]['image']}: {failure}")
-            else:
-                datalist[section[item["subject"]]].append(item)
+                failures.append(f"{scan['image']}: {failure}")
+                continue
+            if "label" in item and recipe.ignored_labels:
+                item["ignored_labels"] = recipe.ignored_labels
+            datalist[section[scan["person"]]].append(item)
     for items in datalist.values():
         items.sort(key=lambda i: i["image"])
-    overlaps = [i["atlas_overlap"] for items in datalist.values() for i in items]
-    file = Path(dataset_dir) / "datalist.json"
+    everyone = sorted((i for items in datalist.values() for i in items), key=lambda i: i["atlas_overlap"])
+    file = folder / "datalist.json"
     write_json(file, {name: items for name, items in datalist.items() if items})
     print(f"{file}: " + ", ".join(f"{len(items)} {name}" for name, items in datalist.items() if items))
-    if overlaps:
+    if everyone:
+        overlaps = [i["atlas_overlap"] for i in everyone]
         print(
             f"overlap of the brains with the atlas (Dice): median {np.median(overlaps):.3f}, least {min(overlaps):.3f}"
         )
+        if draw_contact_sheet:
+            sheet = folder / "qc" / "contact_sheet.png"
+            sheets = [folder / "qc" / f"{i['subject']}_{i['contrast']}.png" for i in everyone]
+            draw_contact_sheet([f for f in sheets if f.is_file()], sheet)
+            print(f"{sheet}: look at it before training; the worst aligned scans come first")
     if failures:
         raise InputError("; ".join([f"{len(failures)} of {len(scans)} scans failed", *failures]), exit_code=3)
     return file

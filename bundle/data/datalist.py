@@ -1,4 +1,4 @@
-"""Which scans there are: prepared datasets (``datalist.json``), single files and folders of files."""
+"""Which scans there are: prepared datasets (``datalist.json``), single files, folders of files, DICOM series."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bundle.errors import InputError
 
-from .files import is_nifti, read_json, stem
+from .files import is_dicom, is_nifti, read_json, stem
 
 VOLUME_KEYS = ("image", "brain_mask", "label")
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
@@ -83,8 +83,8 @@ def list_scans(
     Items of a prepared dataset say so: ``prepared`` is true.
 
     Args:
-        path: a NIfTI file; a prepared dataset, of which ``section`` is taken; or a folder with NIfTI files in it or
-            below, where NAME_brain_mask and NAME_lesion belong to NAME.
+        path: a NIfTI file; a prepared dataset, of which ``section`` is taken; or a folder with scans in it or below:
+            NIfTI files, where NAME_brain_mask and NAME_lesion belong to NAME, and folders with a DICOM series each.
         brain_mask: mask of the scan, for a single file.
         section, contrast: as in `load_datalist`.
 
@@ -99,7 +99,9 @@ def list_scans(
     elif path.is_dir():
         items = _list_folder(path)
     elif not path.exists():
-        raise InputError(f"{path}: not found; --dataset_dir takes a NIfTI file, a folder of them or a prepared dataset")
+        raise InputError(f"{path}: not found; --dataset_dir takes a scan, a folder of scans or a prepared dataset")
+    elif is_dicom(path):
+        raise InputError(f"{path}: one DICOM file; name the folder that holds its series")
     elif not is_nifti(path):
         raise InputError(f"{path}: not a NIfTI file (.nii, .nii.gz)")
     else:
@@ -115,9 +117,15 @@ def list_scans(
 
 def _list_folder(folder: Path) -> list[dict[str, Any]]:
     files: dict[str, Path] = {}
+    series: dict[Path, None] = {}
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if hidden or not is_nifti(file) or not file.is_file():
+        if hidden or not file.is_file():
+            continue
+        if file.parent in series or is_dicom(file):
+            series[file.parent] = None
+            continue
+        if not is_nifti(file):
             continue
         base = str(file.with_name(stem(file)))
         if base in files:
@@ -136,9 +144,10 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
             scans[base] = {"image": str(file)}
     for base, key, file in companions:
         scans[base].setdefault(key, str(file))
-    if not scans:
-        raise InputError(f"{folder}: no NIfTI file (.nii, .nii.gz) in it or below")
-    return _named(list(scans.values()))
+    found = [*scans.values(), *({"image": str(s.resolve())} for s in series)]
+    if not found:
+        raise InputError(f"{folder}: no NIfTI file (.nii, .nii.gz) and no DICOM series in it or below")
+    return _named(found)
 
 
 def _named(items: list[dict[str, Any]]) -> list[dict[str, Any]]:

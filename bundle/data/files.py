@@ -94,8 +94,26 @@ def write_volume(path: str | Path, volume: Any, affine: Any, header: nib.Nifti1H
         nib.save(image, temporary)
 
 
+def nifti_header(path: str | Path) -> nib.Nifti1Header | None:
+    """Header of a scan, for what answers to it; None where it has none (DICOM)."""
+    image = None if Path(path).is_dir() else nib.load(path)
+    return image.header if isinstance(image, nib.Nifti1Image) else None
+
+
 def is_nifti(path: str | Path) -> bool:
     return str(path).lower().endswith(_SUFFIXES)
+
+
+def is_dicom(path: str | Path) -> bool:
+    """Whether a file has DICOM's mark; DICOMDIR, an index without an image, does not count."""
+    path = Path(path)
+    if path.name.upper() == "DICOMDIR" or is_nifti(path):
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
 def stem(path: str | Path) -> str:

@@ -67,7 +67,8 @@ def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, Any]]], tuple[list
     """Output transform for a metric: ``key`` and the label at the brain voxels of each case, ``[1, N]`` each.
 
     Brain is where the image is above 0. Lesion voxels outside it, but on the grid, are kept, with whatever low value
-    ``key`` has there: they count as missed, not as if they did not exist. Failed scans are left out.
+    ``key`` has there: they count as missed, not as if they did not exist. Labels below 0 are ignored; failed scans are
+    left out.
     """
 
     def extract(output: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
@@ -75,8 +76,9 @@ def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, Any]]], tuple[list
         for case in output:
             if "failure" in case:
                 continue
-            label = case["label"].as_tensor().cpu() > 0
-            keep = (case["image"].as_tensor().cpu() > 0) | label
+            truth = case["label"].as_tensor().cpu()
+            label = truth > 0
+            keep = ((case["image"].as_tensor().cpu() > 0) | label) & (truth >= 0)
             y_pred.append(case[key].as_tensor().cpu()[keep][None])
             y.append(label[keep][None].float())
         return y_pred, y

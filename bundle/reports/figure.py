@@ -15,7 +15,7 @@ from bundle.data.files import atomic_path
 # one scale for every scan: from just above usual to far beyond
 HEAT_RANGE = (1.0, 4.0)
 FOUND_COLOUR, TRUE_COLOUR = "#ff3b30", "#34e36b"
-_PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
+PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
 
 
 def strongest_finding(heatmap: np.ndarray, lesion: np.ndarray, inside: np.ndarray) -> tuple[int, int, int]:
@@ -52,7 +52,7 @@ def draw_report(
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)
     heat: Any = None
-    for column, (plane, axis) in enumerate(_PLANES):
+    for column, (plane, axis) in enumerate(PLANES):
         scan, score, found, brain = (np.take(v, center[axis], axis).T for v in (image, heatmap, lesion, inside))
         truth = None if label is None else np.take(label, center[axis], axis).T
         for row in (0, 1):

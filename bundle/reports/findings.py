@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
 from scipy import ndimage
 
-from bundle.data.files import share, write_text, write_volume
+from bundle.data.files import nifti_header, share, write_text, write_volume
 from bundle.errors import InputError
 from bundle.scoring import FindLesionsd
 
@@ -95,8 +94,7 @@ class SaveFindings:
             "max_score": f"{volumes['heatmap'][brain].max():.3f}",
             "mean_score": f"{volumes['heatmap'][brain].mean():.3f}",
         }
-        source = nib.load(str(output["image"].meta["filename_or_obj"]))
-        header = source.header if isinstance(source, nib.Nifti1Image) else None
+        header = nifti_header(output["image"].meta["filename_or_obj"])
         label = output.get("label")
         self.output_dir.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))

@@ -1,17 +1,21 @@
+from .alignment import AlignToAtlasd
 from .brain import BrainMaskd
-from .intensity import CorrectBiasFieldd, NormalizeBrainIntensityd
-from .load import LoadScand
+from .intensity import CorrectBiasFieldd, CurvatureFlowd, NormalizeBrainIntensityd, learn_landmarks
+from .load import IgnoreLabelsd, LoadScand
 from .outside import FillOutsided, MaskOutsided
 from .sampling import AxialSlicesd, DenseLocationsd, RandAxialSlicesd, RandPatchesd
-from .spatial import AlignToAtlasd, ResampleToGrid, ResampleToGridd
+from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
 
 __all__ = [
     "AlignToAtlasd",
     "AxialSlicesd",
     "BrainMaskd",
     "CorrectBiasFieldd",
+    "CurvatureFlowd",
     "DenseLocationsd",
     "FillOutsided",
+    "IgnoreLabelsd",
+    "KeepVolumed",
     "LoadScand",
     "MaskOutsided",
     "NormalizeBrainIntensityd",
@@ -19,4 +23,5 @@ __all__ = [
     "RandPatchesd",
     "ResampleToGrid",
     "ResampleToGridd",
+    "learn_landmarks",
 ]

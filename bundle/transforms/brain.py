@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import tempfile
+from collections.abc import Callable, Hashable, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransform, ResampleToMatch
 from scipy import ndimage
 
+from bundle.data.files import write_volume
 from bundle.errors import InputError
 
 # A stripped scan is mostly zeros, and what is left has the size of a brain. Zeros alone prove nothing: scanners blank
 # the air around a whole head too.
 _STRIPPED_BACKGROUND = 0.3
 _LARGEST_BRAIN_ML = 2200.0
+_SMALLEST_BRAIN_ML = 200.0
 
 
 def close_mask(mask: torch.Tensor, voxel_mm: np.ndarray, close_mm: float) -> torch.Tensor:
@@ -31,24 +37,79 @@ def close_mask(mask: torch.Tensor, voxel_mm: np.ndarray, close_mm: float) -> tor
     return torch.as_tensor((closed | inside)[core], dtype=torch.float32)[None]
 
 
+@lru_cache(maxsize=2)
+def _deepbet(device: str) -> Any:
+    """The two networks of deepbet (Fisch et al. 2024, doi:10.1016/j.compbiomed.2024.108845), from its wheel."""
+    try:
+        from deepbet import BrainExtraction
+    except ImportError as error:
+        raise InputError(f"no brain mask given and deepbet is missing ({error}): pip install deepbet") from error
+    networks = BrainExtraction(no_gpu=True)
+    networks.model.to(device)
+    networks.bbox_model.to(device)
+    return networks
+
+
+def strip_with_deepbet(image: MetaTensor, device: str) -> np.ndarray:
+    """Brain mask ``[X, Y, Z]`` of a whole head ``[1, X, Y, Z]`` (RAS, any contrast), by deepbet."""
+    networks = _deepbet(device)
+    share = networks.run_model(image[0].as_tensor().cpu().float().numpy())
+    return np.asarray(networks.postprocess(share > 0.5))
+
+
+def strip_with_hd_bet(image: MetaTensor, device: str) -> np.ndarray:
+    """The same by HD-BET 2 (Isensee et al. 2019, doi:10.1002/hbm.24750), which talks in files."""
+    try:
+        from HD_BET.checkpoint_download import maybe_download_parameters
+        from HD_BET.hd_bet_prediction import get_hdbet_predictor, hdbet_predict
+    except ImportError as error:
+        raise InputError(f"skull_strip 'hd-bet' is not installed ({error}): pip install hd-bet") from error
+    maybe_download_parameters()
+    with tempfile.TemporaryDirectory() as folder:
+        scan, brain = (str(Path(folder) / f"{n}.nii.gz") for n in ("scan", "brain"))
+        write_volume(scan, image[0].numpy(), image.affine)
+        predictor = get_hdbet_predictor(device=torch.device(device))
+        hdbet_predict(scan, brain, predictor, keep_brain_mask=True, compute_brain_extracted_image=False)
+        return np.asarray(nib.load(brain.replace(".nii.gz", "_bet.nii.gz")).dataobj) > 0
+
+
+STRIPPERS: dict[str, Callable[[MetaTensor, str], np.ndarray]] = {
+    "deepbet": strip_with_deepbet,
+    "hd-bet": strip_with_hd_bet,
+}
+
+
 class BrainMaskd(MapTransform):
-    """Make sure that there is a brain mask: the one given with the scan, or the scan's own outline if it is stripped.
+    """Make sure that there is a brain mask: the one given with the scan, the scan's own outline if it is stripped
+    already, or a computed one.
 
     Leaves in ``mask_key`` a float ``[1, X, Y, Z]`` of 0 and 1 on the scan's grid.
 
     Args:
-        keys: the scan (one key).
+        keys: the scan (one key), RAS.
         mask_key: where a given mask is found and the result is put. A given mask may be any label map (> 0 is brain)
             on any grid that shares the scan's world.
         close_mm: radius by which a given mask is closed; 0 takes it as it is. Label maps of tissue need some.
+        method: what strips a whole head: "deepbet", "hd-bet", or "none" to refuse it.
+        device: of the stripping network.
 
     Raises:
-        InputError: an empty mask, or a whole head without one.
+        InputError: an empty mask; a head that cannot be stripped.
     """
 
-    def __init__(self, keys: str = "image", mask_key: str = "brain_mask", close_mm: float = 0.0) -> None:
+    def __init__(
+        self,
+        keys: str = "image",
+        mask_key: str = "brain_mask",
+        close_mm: float = 0.0,
+        method: str = "deepbet",
+        device: torch.device | str = "cpu",
+    ) -> None:
         super().__init__(keys)
+        if method not in (*STRIPPERS, "none"):
+            raise InputError(f"skull_strip '{method}' is unknown: use {', '.join(STRIPPERS)} or none")
         self.mask_key, self.close_mm = mask_key, float(close_mm)
+        self.method, self.device = method, str(device)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -56,11 +117,14 @@ class BrainMaskd(MapTransform):
         name = image.meta.get("filename_or_obj", "scan")
         if self.mask_key in d:
             mask = self._given(d[self.mask_key], image)
+            problem = f"{d[self.mask_key].meta.get('filename_or_obj', name)}: empty on the grid of {name}"
+        elif is_stripped(image):
+            largest: Any = KeepLargestConnectedComponent()((image.as_tensor() != 0).float())
+            mask, problem = torch.as_tensor(FillHoles()(largest)).float(), f"{name}: holds nothing"
         else:
-            mask = self._outline(image, name)
+            mask, problem = self._computed(image, name), ""
         if not mask.any():
-            given = d[self.mask_key].meta.get("filename_or_obj", "brain mask") if self.mask_key in d else name
-            raise InputError(f"{given}: the brain mask is empty on the grid of {name}; give its own mask")
+            raise InputError(f"{problem}; give its brain mask with --brain_mask FILE")
         # the mask moves with the scan from here on: same affine, same history
         d[self.mask_key] = MetaTensor(mask).copy_meta_from(image)
         return d
@@ -74,13 +138,32 @@ class BrainMaskd(MapTransform):
             inside = torch.as_tensor(FillHoles()(close_mask(inside, voxel, self.close_mm)))
         return inside
 
-    @staticmethod
-    def _outline(image: MetaTensor, name: str) -> torch.Tensor:
-        brain = image.as_tensor() != 0
-        volume_ml = brain.sum().item() * abs(float(np.linalg.det(np.asarray(image.affine, float)[:3, :3]))) / 1000
-        if 1 - brain.float().mean() < _STRIPPED_BACKGROUND or volume_ml > _LARGEST_BRAIN_ML:
+    def _computed(self, image: MetaTensor, name: str) -> torch.Tensor:
+        if self.method == "none":
             raise InputError(
-                f"{name}: not skull-stripped and no brain mask given; strip it, or pass its mask with --brain_mask FILE"
+                f"{name}: not skull-stripped and no brain mask given; pass its mask with --brain_mask FILE"
             )
-        largest: Any = KeepLargestConnectedComponent()(brain.float())
-        return torch.as_tensor(FillHoles()(largest)).float()
+        try:
+            mask = STRIPPERS[self.method](image, self.device)
+        except InputError:
+            raise
+        except (AssertionError, IndexError, ValueError) as error:  # what the networks' own checks raise
+            raise InputError(f"{name}: {self.method} found no brain in it; is it a scan of a head?") from error
+        volume_ml = mask_volume_ml(mask, image)
+        if not _SMALLEST_BRAIN_ML <= volume_ml <= _LARGEST_BRAIN_ML:
+            raise InputError(
+                f"{name}: no brain but {volume_ml:.0f} ml were found by {self.method}; is it a scan of a head?"
+            )
+        return torch.as_tensor(mask.astype(np.float32))[None]
+
+
+def is_stripped(image: MetaTensor) -> bool:
+    """Whether a scan ``[1, X, Y, Z]`` is a brain on a background of zeros."""
+    brain = image.as_tensor() != 0
+    background = 1 - brain.float().mean().item()
+    return background >= _STRIPPED_BACKGROUND and mask_volume_ml(brain, image) <= _LARGEST_BRAIN_ML
+
+
+def mask_volume_ml(mask: Any, image: MetaTensor) -> float:
+    """Volume of a mask on the grid of ``image``, ml."""
+    return float(mask.sum()) * abs(float(np.linalg.det(np.asarray(image.affine, float)[:3, :3]))) / 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from bundle.data.atlas import to_sitk
+from bundle.data.atlas import from_sitk, to_sitk
+from bundle.data.files import read_json, write_json
 from bundle.errors import InputError
 
 _CONTROL_POINT_MM = 60.0
+
+PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 
 # The lowest value of a brain voxel. 0 is kept for the outside, so that a volume carries its own brain mask
 # through the inferer (whose signature has no room for a second volume).
@@ -28,11 +32,16 @@ class NormalizeBrainIntensityd(MapTransform):
     Brain voxels are clipped to [0.001, ``highest``]: never 0, and bright lesions keep their contrast above 1.
     Doing it twice changes nothing that matters, so prepared data may go through it again.
 
+    With landmarks (see `learn_landmarks`) the percentiles between the two are brought to the cohort's as well, linearly
+    in between and straight on above: Nyul & Udupa's histogram standardisation (2000, doi:10.1109/42.836373).
+
     Args:
         keys: volumes ``[1, X, Y, Z]``.
         mask_key: brain mask on the same grid.
         lower, upper: percentiles.
         highest: upper clip, in units of the scaled range.
+        landmarks: JSON file of the landmarks; used if it is there, so that a model that was trained with landmarks
+            (they lie beside it) never runs without them.
 
     Raises:
         InputError: the brain holds no two different intensities, or values that are not finite.
@@ -45,9 +54,11 @@ class NormalizeBrainIntensityd(MapTransform):
         lower: float = 1.0,
         upper: float = 99.0,
         highest: float = 2.0,
+        landmarks: str | None = None,
     ) -> None:
         super().__init__(keys)
         self.mask_key, self.lower, self.upper, self.highest = mask_key, lower, upper, highest
+        self.landmarks = landmarks
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -66,9 +77,59 @@ class NormalizeBrainIntensityd(MapTransform):
             low, high = np.percentile(values, [self.lower, self.upper])
             if high - low <= 1e-6 * abs(high):
                 raise InputError(f"{name}: the brain has one constant intensity ({low:g}); not an image")
-            scaled = ((image - low) / (high - low)).clamp(LOWEST_BRAIN_INTENSITY, self.highest)
+            scaled = (image - low) / (high - low)
+            if self.landmarks and Path(self.landmarks).is_file():
+                scaled = standardise(scaled, scaled[inside], *read_landmarks(self.landmarks))
+            scaled = scaled.clamp(LOWEST_BRAIN_INTENSITY, self.highest)
             d[key] = MetaTensor(torch.where(inside, scaled, 0.0)).copy_meta_from(d[key])
         return d
+
+
+def standardise(image: torch.Tensor, brain: torch.Tensor, percents: np.ndarray, standard: np.ndarray) -> torch.Tensor:
+    """Map the ``percents`` of the values ``brain`` to ``standard``, linearly in between; beyond the last one with the
+    slope of the last piece, so that what is brighter than all healthy tissue stays so.
+    """
+    own = np.percentile(brain.float().cpu().numpy(), percents)
+    own = np.maximum.accumulate(own + 1e-6 * np.arange(len(own)))  # np.interp wants them to rise
+    slope = (standard[-1] - standard[-2]) / (own[-1] - own[-2])
+    values = image.float().cpu().numpy()
+    mapped = np.interp(values, own, standard) + slope * np.maximum(values - own[-1], 0)
+    return torch.as_tensor(mapped, dtype=image.dtype, device=image.device)
+
+
+def read_landmarks(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Percentiles and their standard intensities, from the file that `learn_landmarks` writes.
+
+    Raises:
+        InputError: not such a file.
+    """
+    content = read_json(path, "landmarks of the intensities")
+    try:
+        percents, standard = (np.asarray(content[k], float) for k in ("percentiles", "intensities"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged landmarks ({error!r}); learn them again") from error
+    if percents.shape != standard.shape or len(percents) < 2 or (np.diff(percents) <= 0).any():
+        raise InputError(f"{path}: damaged landmarks; learn them again")
+    return percents, standard
+
+
+def learn_landmarks(
+    dataset: Sequence[Mapping[str, torch.Tensor]], path: str, percents: Sequence[float] = PERCENTILES
+) -> None:
+    """Average the percentiles of a cohort's brains, each scaled to 0 and 1 at the first and last, and write them.
+
+    Args:
+        dataset: its ``image`` is normalised by `NormalizeBrainIntensityd` without landmarks, 0 outside the brain.
+        path: of the JSON file.
+        percents: rising, in [0, 100].
+    """
+    found = []
+    for volume in (dataset[i]["image"] for i in range(len(dataset))):
+        own = np.percentile(volume[volume > 0].cpu().numpy(), percents)
+        found.append((own - own[0]) / (own[-1] - own[0]))
+    intensities = np.mean(found, 0).round(5).tolist()
+    write_json(path, {"percentiles": list(percents), "intensities": intensities, "subjects": len(found)})
+    print(f"{path}: landmarks of {len(found)} scans")
 
 
 class CorrectBiasFieldd(MapTransform):
@@ -130,4 +191,26 @@ class CorrectBiasFieldd(MapTransform):
             field = sitk.GetArrayFromImage(correct.GetLogBiasFieldAsImage(image)).T
             corrected = d[key].as_tensor() / torch.as_tensor(np.exp(field))[None].to(values)
             d[key] = MetaTensor(corrected).copy_meta_from(d[key])
+        return d
+
+
+class CurvatureFlowd(MapTransform):
+    """Curvature-flow smoothing (ITK's), which the paper applies: evens out noise and keeps edges.
+
+    Args:
+        keys: volumes ``[1, X, Y, Z]``.
+        iterations: 0 leaves the scan as it is. Items of a prepared dataset (``prepared``) are left too.
+        time_step: of each iteration.
+    """
+
+    def __init__(self, keys: KeysCollection, iterations: int = 0, time_step: float = 0.125) -> None:
+        super().__init__(keys)
+        self.iterations, self.time_step = iterations, time_step
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        if self.iterations and not d.get("prepared"):
+            for key in self.key_iterator(d):
+                smooth = sitk.CurvatureFlow(to_sitk(d[key]), self.time_step, self.iterations)
+                d[key] = MetaTensor(from_sitk(smooth).as_tensor()).copy_meta_from(d[key])
         return d

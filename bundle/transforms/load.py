@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
+import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 
+from bundle.data.atlas import from_sitk
 from bundle.errors import InputError
 
 
 class LoadScand(MapTransform):
-    """Load NIfTI volumes as ``[1, X, Y, Z]`` (`MetaTensor`, float32, voxels as the file has them).
+    """Load NIfTI files, or folders with one DICOM series each, as ``[1, X, Y, Z]`` (`MetaTensor`, float32, voxels as
+    the file has them).
 
     A 4D file is accepted if it holds one volume.
 
@@ -32,7 +37,7 @@ class LoadScand(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = self._read(str(d[key]))
+            d[key] = read_dicom(str(d[key])) if Path(d[key]).is_dir() else self._read(str(d[key]))
         return d
 
     def _read(self, file: str) -> MetaTensor:
@@ -49,3 +54,57 @@ class LoadScand(MapTransform):
         if not np.isfinite(np.asarray(image.affine)).all() or abs(np.linalg.det(np.asarray(image.affine))) < 1e-9:
             raise InputError(f"{file}: its header has no usable orientation (affine); repair it")
         return image
+
+
+class IgnoreLabelsd(MapTransform):
+    """Set the voxels whose label an item lists in ``ignored_labels`` to -1: neither lesion nor healthy when methods
+    are scored. Other items are left as they are.
+
+    Args:
+        keys: label maps.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        ignored = torch.as_tensor(d.pop("ignored_labels", []))
+        for key in self.key_iterator(d):
+            d[key] = d[key].masked_fill(torch.isin(d[key].as_tensor(), ignored.to(d[key].dtype)), -1)
+        return d
+
+
+def read_dicom(folder: str) -> MetaTensor:
+    """Read a folder with one DICOM series through ITK (GDCM), as ``[1, X, Y, Z]`` with its affine in RAS mm.
+
+    Raises:
+        InputError: no series, or more than one; slices missing or of different sizes; colours.
+    """
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
+    if len(series) != 1:
+        raise InputError(f"{folder}: holds {len(series)} DICOM series; give a folder with one")
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, series[0])
+    try:
+        gaps = np.diff(_slice_positions(files))
+        image = sitk.ReadImage(files)
+    except RuntimeError as error:
+        raise InputError(f"{folder}: its DICOM series cannot be read; is it complete?") from error
+    if gaps.size and np.abs(gaps - np.median(gaps)).max() > 0.1 * abs(np.median(gaps)):
+        raise InputError(
+            f"{folder}: slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart; are some missing, or two series mixed?"
+        )
+    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() != 3:
+        raise InputError(f"{folder}: its DICOM series is not one grey-scale volume")
+    scan = from_sitk(image)
+    scan.meta["filename_or_obj"] = folder
+    return scan
+
+
+def _slice_positions(files: Sequence[str]) -> np.ndarray:
+    """Position of each file's slice along the normal of the slices, mm."""
+    positions = []
+    reader = sitk.ImageFileReader()
+    for file in files:
+        reader.SetFileName(file)
+        reader.ReadImageInformation()
+        normal = np.reshape(reader.GetDirection(), (3, 3))[:, 2]
+        positions.append(float(normal @ np.array(reader.GetOrigin())))
+    return np.array(positions)

@@ -1,4 +1,4 @@
-"""Geometry: from the scan's own space to the atlas grid, and back."""
+"""Geometry: from the scan's own voxels to the atlas grid, and back."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.networks.layers import GaussianFilter
 from monai.transforms import InvertibleTransform, MapTransform, SpatialResample
 from monai.utils import ensure_tuple_rep
+from scipy import ndimage
 
-from bundle.data.atlas import LPS, Atlas, atlas_overlap, grid_affine, load_atlas, to_sitk
-from bundle.errors import InputError
-
-# overlap of its brain with the atlas' above which a scan is taken to be aligned; registered ones reach 0.95
-_ALREADY_ALIGNED = 0.9
+from bundle.data.atlas import grid_affine
 
 
 class ResampleToGrid(SpatialResample):
@@ -52,7 +48,18 @@ class ResampleToGrid(SpatialResample):
 
 
 class ResampleToGridd(MapTransform, InvertibleTransform):
-    """Dictionary form of `ResampleToGrid`; ``mode`` may be one for all keys or one per key."""
+    """Dictionary form of `ResampleToGrid` that lets no voxel outside the brain into the brain.
+
+    Volumes of mode "bilinear" are set to 0 outside the brain mask and divided by the mask resampled alike: a voxel at
+    the rim is a mean of brain voxels only, whether a skull, air or nothing lay beside it. On the grid, the mask holds
+    the voxels of which at least half is brain.
+
+    Args:
+        keys: volumes ``[1, X, Y, Z]``.
+        spacing, spatial_size, center: as in `ResampleToGrid`.
+        mode: "bilinear" or "nearest", one for all keys or one per key.
+        mask_key: brain mask on the scan's grid; moved too, not named in ``keys``. None: there is none.
+    """
 
     def __init__(
         self,
@@ -61,123 +68,60 @@ class ResampleToGridd(MapTransform, InvertibleTransform):
         spatial_size: Sequence[int],
         center: Sequence[float],
         mode: str | Sequence[str] = "bilinear",
+        mask_key: str | None = "brain_mask",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.modes = ensure_tuple_rep(mode, len(self.keys))
+        self.mask_key = mask_key
         self.resample = ResampleToGrid(spacing, spatial_size, center)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        inside, share = None, None
+        if self.mask_key:
+            inside = d[self.mask_key].as_tensor() > 0
+            d[self.mask_key] = self.resample(d[self.mask_key])
+            share = d[self.mask_key].as_tensor().clone()
+            d[self.mask_key].set_((share >= 0.5).to(share))
         for key, mode in self.key_iterator(d, self.modes):
-            d[key] = self.resample(d[key], mode)
+            volume = d[key]
+            if mode == "bilinear" and inside is not None and share is not None:
+                volume = MetaTensor(torch.where(inside, volume.as_tensor(), 0.0)).copy_meta_from(volume)
+                volume = self.resample(volume)
+                volume.set_(torch.where(share > 0.01, volume.as_tensor() / share.clamp(min=0.01), 0.0))
+                d[key] = volume
+            else:
+                d[key] = self.resample(volume, mode)
         return d
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = self.resample.inverse(d[key])
+        for key in (*self.key_iterator(d), self.mask_key):
+            if key in d:
+                d[key] = self.resample.inverse(d[key])
         return d
 
 
-def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, seed: int = 0) -> np.ndarray:
-    """Affine registration, brain to brain: Mattes mutual information in three resolutions, started from the masks.
+class KeepVolumed(MapTransform):
+    """Make a mask out of one that was interpolated linearly, such that every region keeps its volume.
+
+    A threshold of 0.5 makes small lesions smaller, and the nearest voxel makes all ragged. Here each connected region
+    of the interpolated mask gets as many voxels as the sum of its values says, those of the highest values.
 
     Args:
-        image: scan ``[1, X, Y, Z]``, any contrast, RAS affine.
-        brain_mask: its brain, on the same grid.
-        atlas: template and brain mask.
-        seed: of the metric's random sampling.
-
-    Returns:
-        4x4 matrix (RAS mm) from the scan's world to the atlas' world.
-
-    Raises:
-        InputError: ITK found no overlap or no optimum.
+        keys: masks in [0, 1], ``[1, X, Y, Z]``.
     """
-    fixed, fixed_mask = to_sitk(atlas.template * atlas.brain_mask), to_sitk(atlas.brain_mask, np.uint8)
-    moving, moving_mask = to_sitk(image * brain_mask), to_sitk(brain_mask, np.uint8)
-    start = sitk.CenteredTransformInitializer(
-        sitk.Cast(fixed_mask, sitk.sitkFloat32),
-        sitk.Cast(moving_mask, sitk.sitkFloat32),
-        sitk.AffineTransform(3),
-        sitk.CenteredTransformInitializerFilter.MOMENTS,
-    )
-    method = sitk.ImageRegistrationMethod()
-    method.SetMetricAsMattesMutualInformation(32)
-    # brain and a rim around it: the outline of the brain is the strongest guide an affine transform has
-    method.SetMetricFixedMask(sitk.BinaryDilate(fixed_mask, (3, 3, 3)))
-    method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentagePerLevel([0.5, 0.3, 0.2], seed)
-    method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 150, relaxationFactor=0.6)
-    method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([4, 2, 1])
-    method.SetSmoothingSigmasPerLevel([4, 2, 1])
-    method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
-    method.SetInitialTransform(sitk.AffineTransform(start), inPlace=False)
-    try:
-        found = method.Execute(fixed, moving)
-    except RuntimeError as error:
-        raise InputError(f"alignment to the atlas failed: {str(error).strip().splitlines()[-1]}") from error
-    found = sitk.AffineTransform(found.GetNthTransform(0) if isinstance(found, sitk.CompositeTransform) else found)
-    atlas_to_scan = np.eye(4)
-    matrix, c = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
-    atlas_to_scan[:3, :3], atlas_to_scan[:3, 3] = matrix, np.array(found.GetTranslation()) + c - matrix @ c
-    return np.linalg.inv(LPS @ atlas_to_scan @ LPS)
-
-
-class AlignToAtlasd(MapTransform, InvertibleTransform):
-    """Bring scans into the atlas' world by changing their affine; no voxel is touched, so nothing is lost.
-
-    The registration is found once, from ``image_key`` and ``mask_key``, and given to every key. The inverse puts the
-    scan's own affine back.
-
-    Args:
-        keys: volumes to move (``[1, X, Y, Z]``, one world).
-        image_key: the scan to register.
-        mask_key: its brain mask.
-        method: "affine" (register), "none" (the scan is already in atlas space) or "auto": register unless the
-            scan comes from a prepared dataset (its item says ``prepared``) or lies there already
-            (`atlas_overlap` of at least 0.9).
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        image_key: str = "image",
-        mask_key: str = "brain_mask",
-        method: str = "affine",
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        if method not in ("affine", "none", "auto"):
-            raise InputError(f"alignment '{method}' is unknown: use 'affine', 'auto' or 'none'")
-        self.image_key, self.mask_key, self.method = image_key, mask_key, method
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        scan_to_atlas = self._find(d)
         for key in self.key_iterator(d):
-            image = d[key].clone()
-            scan_affine = image.affine.clone()
-            image.affine = torch.as_tensor(scan_to_atlas) @ scan_affine
-            self.push_transform(image, extra_info={"scan_affine": scan_affine.tolist()})
-            d[key] = image
-        return d
-
-    def _find(self, d: Mapping[Hashable, Any]) -> np.ndarray:
-        """4x4 matrix from the scan's world to the atlas'."""
-        if self.method == "none" or (self.method == "auto" and d.get("prepared")):
-            return np.eye(4)
-        atlas = load_atlas()
-        if self.method == "auto" and atlas_overlap(d[self.mask_key], atlas) >= _ALREADY_ALIGNED:
-            return np.eye(4)
-        return register_to_atlas(d[self.image_key], d[self.mask_key], atlas)
-
-    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            info = self.pop_transform(d[key])["extra_info"]
-            d[key].affine = torch.as_tensor(info["scan_affine"], dtype=torch.float64)
+            share = d[key].as_tensor()[0].cpu().numpy()
+            kept = np.zeros_like(share)
+            regions, _ = ndimage.label(share > 0.01, np.ones((3, 3, 3)))
+            for number, box in enumerate(ndimage.find_objects(regions), 1):
+                values = np.where(regions[box] == number, share[box], 0)
+                strongest = np.argsort(-values, axis=None, kind="stable")[: round(float(values.sum()))]
+                kept[box].flat[strongest] = 1
+            d[key] = MetaTensor(torch.as_tensor(kept)[None]).copy_meta_from(d[key])
         return d

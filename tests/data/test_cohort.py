@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bundle.data import Recipe, find_scans, load_recipe, prepare_cohort, split_subjects
+from bundle.data import Recipe, find_scans, load_recipe, prepare_cohort, split_people
 from bundle.errors import InputError
 from tests.conftest import ROOT, ellipsoid, run_bundle, write_nifti
 
@@ -22,10 +22,14 @@ def test_unknown_recipes_and_entries_are_named(tmp_path):
         load_recipe(tmp_path, "mine")
 
 
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("")
+
+
 def test_scans_are_found_with_their_companions(tmp_path):
-    for name in ("t1/s1_T1.nii.gz", "t1/s2_T1.nii.gz", "t2/s1_T2.nii.gz", "mask/s1.nii.gz", "t1/other.nii.gz"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
+    touch(tmp_path, *(f"{n}.nii.gz" for n in ("t1/s1_T1", "t1/s2_T1", "t2/s1_T2", "mask/s1", "t1/other")))
     recipe = Recipe(
         {"t1": "t1/{subject}_T1.nii.gz", "t2": "t2/{subject}_T2.nii.gz"}, brain_mask="mask/{subject}.nii.gz"
     )
@@ -33,26 +37,76 @@ def test_scans_are_found_with_their_companions(tmp_path):
     assert found == [("s1", "t1", True), ("s1", "t2", True), ("s2", "t1", False)]
     with pytest.raises(InputError, match="nothing matches"):
         find_scans(Recipe({"t1": "{subject}.mgz"}), tmp_path)
-    (tmp_path / "mask/s1_v2.nii.gz").write_text("")
+    touch(tmp_path, "mask/s1_v2.nii.gz")
     (scan,) = find_scans(Recipe({"t1": "t1/{subject}_T1.nii.gz"}, label="mask/{subject}_*.nii.gz"), tmp_path)[:1]
     assert scan["label"].endswith("s1_v2.nii.gz")
     with pytest.raises(InputError, match="one of 2 files for 'brain_mask' of s1"):
         find_scans(Recipe({"t1": "t1/{subject}_T1.nii.gz"}, brain_mask="mask/{subject}*.nii.gz"), tmp_path)
-    (tmp_path / "t1/s1_T1w.nii.gz").write_text("")
+    touch(tmp_path, "t1/s1_T1w.nii.gz")
     with pytest.raises(InputError, match="a second t1 scan of s1"):
         find_scans(Recipe({"t1": "t1/{subject}_T1*.nii.gz"}), tmp_path)
 
 
+MNI = "space-MNI152NLin2009aSym"
+LAYOUTS = {
+    "ixi": (
+        ["IXI-T1/IXI002-Guys-0828-T1.nii.gz", "IXI-T2/IXI002-Guys-0828-T2.nii.gz", "IXI-T1/IXI012-HH-1211-T1.nii.gz"],
+        {("IXI002-Guys-0828", "t1"): False, ("IXI002-Guys-0828", "t2"): False, ("IXI012-HH-1211", "t1"): False},
+    ),
+    "brats21": (
+        [f"BraTS2021_00000/BraTS2021_00000_{k}.nii.gz" for k in ("t1", "t1ce", "t2", "flair", "seg")],
+        {("BraTS2021_00000", c): True for c in ("t1", "t2", "flair")},
+    ),
+    "mslub": (
+        [f"patient01/raw/{k}.nii.gz" for k in ("T1W", "T1WKS", "T2W", "FLAIR", "consensus_gt", "brainmask")],
+        {("patient01", c): True for c in ("t1", "t2", "flair")},
+    ),
+    "atlas_v2": (
+        [
+            f"Training/R001/sub-r001s001/ses-1/anat/sub-r001s001_ses-1_{MNI}_{k}.nii.gz"
+            for k in ("T1w", "label-L_desc-T1lesion_mask")
+        ],
+        {("sub-r001s001_ses-1", "t1"): True},
+    ),
+    "wmh": (
+        [f"{n}/{k}.nii.gz" for n in ("Utrecht/0", "Amsterdam/GE3T/100") for k in ("pre/T1", "pre/FLAIR", "wmh")]
+        + ["Utrecht/0/orig/T1.nii.gz", "Utrecht/0/orig/FLAIR.nii.gz"],
+        {(n, c): True for n in ("0", "100") for c in ("t1", "flair")},
+    ),
+    "bids": (
+        ["sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01/ses-2/anat/sub-01_ses-2_acq-x_T1w.nii"]
+        + ["sub-02/anat/sub-02_T2w.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz", "sub-02/func/sub-02_bold.nii.gz"],
+        {
+            (n, c): False
+            for n, c in [("sub-01_ses-1", "t1"), ("sub-01_ses-2", "t1"), ("sub-02", "t2"), ("sub-02", "flair")]
+        },
+    ),
+    "folder": (
+        ["a_T1.nii.gz", "a_flair.nii.gz", "a_lesion.nii.gz", "deep/b_t2.nii", "c/t1/IM1", "c/t1/IM2"],
+        {("a", "t1"): True, ("a", "flair"): True, ("b", "t2"): False, ("c", "t1"): False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_recipes_read_the_layouts_that_are_downloaded(tmp_path, name):
+    files, expected = LAYOUTS[name]
+    touch(tmp_path, *files, "README.txt", ".hidden/x_t1.nii.gz")
+    scans = find_scans(load_recipe(ROOT / "configs/datasets", name), tmp_path)
+    assert {(s["subject"], s["contrast"]): "label" in s for s in scans} == expected
+    assert {s["person"] for s in scans if s["subject"].startswith("sub-01")} <= {"sub-01"}
+    assert all("/orig/" not in s["image"] for s in scans)
+
+
 def test_splits_are_by_person_seeded_and_complete():
-    subjects = [f"p{i:02d}-{visit}" for i in range(20) for visit in (1, 2)]
-    recipe = Recipe({}, person=r"p\d+", splits={"training": "rest", "validation": 3, "calibration": 4})
-    section = split_subjects(recipe, subjects, seed=1)
-    assert section == split_subjects(recipe, subjects, seed=1) != split_subjects(recipe, subjects, seed=2)
-    assert all(section[f"p{i:02d}-1"] == section[f"p{i:02d}-2"] for i in range(20))
+    people = [f"p{i:02d}" for i in range(20) for _ in (1, 2)]
+    recipe = Recipe({}, splits={"training": "rest", "validation": 3, "calibration": 4})
+    section = split_people(recipe, people, seed=1)
+    assert section == split_people(recipe, people, seed=1) != split_people(recipe, people, seed=2)
     counts = {name: list(section.values()).count(name) for name in set(section.values())}
-    assert counts == {"training": 26, "validation": 6, "calibration": 8}
-    with pytest.raises(InputError, match="splits"):
-        split_subjects(Recipe({}, splits={"test": 5}), ["a", "b"])
+    assert counts == {"training": 13, "validation": 3, "calibration": 4}
+    with pytest.raises(InputError, match="--splits"):
+        split_people(Recipe({}, splits={"test": 5}), ["a", "b"])
 
 
 def test_preparation_through_the_runner(tmp_path, grid_file):
@@ -62,15 +116,14 @@ def test_preparation_through_the_runner(tmp_path, grid_file):
     shape = (46, 50, 40)
     for name in ("a", "b"):
         brain = ellipsoid(shape, (17, 21, 16)) * (1 + np.random.rand(*shape))
-        write_nifti(source / f"{name}/t1.nii.gz", brain, affine)
-        write_nifti(source / f"{name}/lesion.nii.gz", ellipsoid(shape, (3, 3, 3)) * 4, affine)
-    (source / "c").mkdir()
-    (source / "c/t1.nii.gz").write_bytes(b"not an image")
+        write_nifti(source / f"{name}_t1.nii.gz", brain, affine)
+        write_nifti(source / f"{name}_lesion.nii.gz", ellipsoid(shape, (3, 3, 3)) * 4, affine)
+    (source / "c_t1.nii.gz").write_bytes(b"not an image")
     out = tmp_path / "prepared"
     command = ("preparation", "prepare", grid_file, "--source_dir", source, "--dataset_dir", out)
-    result = run_bundle(*command, "--dataset", "mslub_mni")
+    result = run_bundle(*command, "--dataset", "folder")
     assert result.returncode == 3, result.stderr
-    assert "1 of 3 scans failed" in result.stderr and "c/t1.nii.gz" in result.stderr
+    assert "1 of 3 scans failed" in result.stderr and "c_t1.nii.gz" in result.stderr
     assert "Traceback" not in result.stderr
     items = json.loads((out / "datalist.json").read_text())["test"]
     assert [i["subject"] for i in items] == ["a", "b"] and all(i["atlas_overlap"] > 0.5 for i in items)
@@ -78,14 +131,20 @@ def test_preparation_through_the_runner(tmp_path, grid_file):
     assert image.shape == mask.shape == label.shape == (32, 32, 16)
     assert set(np.unique(label.dataobj)) == {0, 4}
     assert ((image.get_fdata() > 0) == (np.asarray(mask.dataobj) > 0)).all()
-    assert not list(out.rglob(".partial*"))
+    sheets = {f.name for f in (out / "qc").iterdir()}
+    assert sheets == {"a_t1.png", "b_t1.png", "contact_sheet.png"}
+    assert not list(out.rglob(".partial*")) and not list(out.rglob("c_t1*"))
 
     before = {f: f.stat().st_mtime_ns for f in (out / "images").iterdir()}
-    write_nifti(source / "c/t1.nii.gz", brain, affine)
-    result = run_bundle(*command, "--dataset", "mslub_mni")
+    write_nifti(source / "c_t1.nii.gz", brain, affine)
+    result = run_bundle(*command, "--dataset", "folder")
     assert result.returncode == 0, result.stderr
     assert len(json.loads((out / "datalist.json").read_text())["test"]) == 3
     assert all(f.stat().st_mtime_ns == t for f, t in before.items())
+
+    result = run_bundle(*command, "--dataset", "folder", "--curvature_flow", 2)
+    assert result.returncode == 0, result.stderr
+    assert all(f.stat().st_mtime_ns != t for f, t in before.items())  # other settings: done again
 
 
 def test_nothing_to_prepare_is_said(tmp_path):

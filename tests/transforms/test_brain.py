@@ -1,7 +1,13 @@
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
 
+from bundle.data import load_atlas
 from bundle.errors import InputError
 from bundle.transforms import BrainMaskd
 from bundle.transforms.brain import close_mask
@@ -48,14 +54,67 @@ def test_stripped_scan_is_its_own_mask():
     np.testing.assert_array_equal(mask, ellipsoid(scan.shape, (18, 22, 17)))
 
 
-@pytest.mark.parametrize(
-    "scan",
-    [np.random.rand(48, 52, 44) + 1, ellipsoid((80, 90, 80), (30, 35, 38))],
-    ids=["no background", "zero around a head of 10 litres"],
-)
-def test_whole_head_without_mask_is_refused(scan):
-    with pytest.raises(InputError, match="--brain_mask"):
-        BrainMaskd()({"image": meta(scan, AFFINE)})
+WHOLE_HEADS = {
+    "no background": np.random.rand(48, 52, 44) + 1,
+    "zero around a head of 10 litres": ellipsoid((80, 90, 80), (30, 35, 38)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_HEADS)
+def test_whole_head_is_refused_where_nothing_may_strip_it(name):
+    with pytest.raises(InputError, match="not skull-stripped .* --brain_mask"):
+        BrainMaskd(method="none")({"image": meta(WHOLE_HEADS[name], AFFINE)})
+
+
+@pytest.fixture(scope="module")
+def whole_head():
+    """The atlas' brain in a skull of 8 mm and a scalp as bright as it, at 2 mm, and where the brain is."""
+    template, brain = (np.pad(v[0].numpy(), 14) for v in load_atlas())
+    distance = ndimage.distance_transform_edt(brain == 0) * 2
+    scalp = ((distance > 8) & (distance < 15)) * 0.8 * template.max()
+    noise = np.random.default_rng(0).random(brain.shape) * 0.03 * template.max()
+    affine = load_atlas().template.affine.numpy() @ [[1, 0, 0, -14], [0, 1, 0, -14], [0, 0, 1, -14], [0, 0, 0, 1]]
+    return meta(np.where(brain > 0, template, scalp + noise), affine), brain > 0
+
+
+def test_deepbet_strips_a_whole_head_without_a_gui(whole_head):
+    head, brain = whole_head
+    mask = BrainMaskd()({"image": head})["brain_mask"]
+    found = mask[0].numpy() > 0
+    assert 2 * (found & brain).sum() / (found.sum() + brain.sum()) > 0.95
+    np.testing.assert_allclose(mask.affine, head.affine)
+    assert not {"tkinter", "customtkinter"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("scan", [np.zeros((40, 40, 40)), np.random.rand(3, 10, 10) + 1], ids=["zeros", "tiny"])
+def test_what_is_no_head_is_said(scan):
+    image = meta(scan, AFFINE)
+    image.meta["filename_or_obj"] = "knee.nii.gz"
+    with pytest.raises(InputError, match=r"knee\.nii\.gz: .*(no brain|holds nothing)"):
+        BrainMaskd()({"image": image})
+
+
+def test_hd_bet_is_used_where_it_is_installed(whole_head, monkeypatch):
+    """Its weights cannot be had everywhere, so its place is taken by a threshold that talks in the same files."""
+    head, brain = whole_head
+    if importlib.util.find_spec("HD_BET") is None:
+        with pytest.raises(InputError, match="pip install hd-bet"):
+            BrainMaskd(method="hd-bet")({"image": head})
+
+    def predict(scan, out, predictor, keep_brain_mask, compute_brain_extracted_image):
+        image = nib.load(scan)
+        bright = nib.Nifti1Image((abs(image.get_fdata() - 0.5) < 0.2).astype(np.uint8), image.affine)
+        nib.save(bright, out[:-7] + "_bet.nii.gz")
+
+    prediction = SimpleNamespace(get_hdbet_predictor=lambda device: None, hdbet_predict=predict)
+    monkeypatch.setitem(sys.modules, "HD_BET", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "HD_BET.hd_bet_prediction", prediction)
+    download = SimpleNamespace(maybe_download_parameters=lambda: None)
+    monkeypatch.setitem(sys.modules, "HD_BET.checkpoint_download", download)
+    mask = BrainMaskd(method="hd-bet")({"image": head})["brain_mask"]
+    np.testing.assert_array_equal(mask[0], abs(head[0] - 0.5) < 0.2)
+    with pytest.raises(InputError, match="use deepbet, hd-bet or none"):
+        BrainMaskd(method="bet")
 
 
 def test_empty_mask_is_refused():

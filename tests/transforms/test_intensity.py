@@ -1,8 +1,11 @@
+import json
+
 import numpy as np
 import pytest
+import torch
 
 from bundle.errors import InputError
-from bundle.transforms import CorrectBiasFieldd, NormalizeBrainIntensityd
+from bundle.transforms import CorrectBiasFieldd, CurvatureFlowd, NormalizeBrainIntensityd, learn_landmarks
 from tests.conftest import ellipsoid, meta
 
 SHAPE = (30, 32, 28)
@@ -76,3 +79,45 @@ def test_prepared_scans_are_not_corrected_again(brain):
         np.testing.assert_array_equal(CorrectBiasFieldd("image", method=method)(item)["image"], data["image"])
     with pytest.raises(InputError, match="bias_field"):
         CorrectBiasFieldd("image", method="n5")
+
+
+def test_landmarks_bring_histograms_together(tmp_path):
+    """Three scans of one anatomy under different curves: alike after standardisation, bright lesions still above 1."""
+    rng = np.random.default_rng(0)
+    anatomy = rng.random((16, 16, 16)) * 0.98 + 0.01
+    curves = [lambda v: v, lambda v: v**2, np.sqrt]
+    plain = NormalizeBrainIntensityd("image")
+    mask = meta(np.ones_like(anatomy))
+    cohort = [plain({"image": meta(40 + 7 * c(anatomy)), "brain_mask": mask}) for c in curves]
+    file = tmp_path / "landmarks_t1.json"
+    assert NormalizeBrainIntensityd("image", landmarks=str(file))(cohort[0])["image"].shape == (1, 16, 16, 16)
+    learn_landmarks(cohort, str(file))
+    content = json.loads(file.read_text())
+    values = [c["image"][0].numpy() for c in cohort]
+    expected = np.mean([np.median(v) for v in values])
+    assert content["subjects"] == 3 and content["intensities"][5] == pytest.approx(expected, abs=0.01)
+    standard = NormalizeBrainIntensityd("image", landmarks=str(file))
+    alike = [standard(c)["image"][0].numpy() for c in cohort]
+    assert np.abs(alike[1] - alike[2]).mean() < 0.02 < np.abs(values[1] - values[2]).mean()
+    again = standard({"image": meta(alike[1]), "brain_mask": mask})["image"][0].numpy()
+    np.testing.assert_allclose(again, alike[1], atol=2e-3)
+    bright = anatomy.copy()
+    bright[3, 3, 3] = 1.5
+    assert standard({"image": meta(bright), "brain_mask": mask})["image"][0, 3, 3, 3] > 1.2
+    file.write_text('{"percentiles": [1, 99]}')
+    with pytest.raises(InputError, match="damaged landmarks"):
+        standard(cohort[0])
+
+
+def test_curvature_flow_smooths_noise_but_not_edges():
+    step = np.zeros((16, 16, 16))
+    step[8:] = 10
+    noisy = meta(step + np.random.standard_normal(step.shape) * 0.5)
+    smooth = CurvatureFlowd("image", iterations=5)({"image": noisy})["image"]
+    assert smooth[0, 2:6].std() < 0.6 * noisy[0, 2:6].std()
+    assert smooth[0, 9].mean() - smooth[0, 6].mean() > 9
+    for left in (
+        CurvatureFlowd("image")({"image": noisy}),
+        CurvatureFlowd("image", 5)({"image": noisy, "prepared": 1}),
+    ):
+        torch.testing.assert_close(left["image"], noisy)

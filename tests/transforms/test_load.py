@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from bundle.errors import InputError
-from bundle.transforms import LoadScand
-from tests.conftest import write_nifti
+from bundle.transforms import IgnoreLabelsd, LoadScand
+from tests.conftest import meta, write_dicom, write_nifti
 
 AFFINE = np.array([[0, 0, -3.0, 40], [0.5, 0, 0, -70], [0, 0.5, 0, -60], [0, 0, 0, 1]])
 
@@ -67,3 +67,39 @@ def test_singular_affine_is_named(tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.nii"):
         LoadScand("image")({"image": file})
+
+
+DICOM_AFFINE = np.array([[-0.9, 0, 0.6, 40], [0, -1, 0, 50], [0.12, 0, 4.5, -60], [0, 0, 0, 1]])
+
+
+def test_dicom_series_is_the_same_volume(tmp_path):
+    volume = np.random.randint(0, 4000, (12, 10, 7))
+    image = LoadScand("image")({"image": write_dicom(tmp_path / "series", volume, DICOM_AFFINE)})["image"]
+    assert image.shape == (1, 12, 10, 7)
+    np.testing.assert_array_equal(image[0], volume)
+    voxel = np.linalg.norm(DICOM_AFFINE[:3, :3], axis=0)
+    expected = DICOM_AFFINE.copy()  # the slices are stacked along their normal, 4.5 mm and a little apart
+    np.testing.assert_allclose(image.affine[:3, [0, 1, 3]], expected[:3, [0, 1, 3]], atol=1e-4)
+    assert np.linalg.norm(image.affine[:3, 2]) == pytest.approx(voxel[2], rel=0.01)
+
+
+def test_dicom_that_is_not_one_volume_is_named(tmp_path):
+    volume = np.random.randint(0, 4000, (12, 10, 7))
+    straight = np.diag([-1.0, -1.0, 3.0, 1.0])
+    missing = write_dicom(tmp_path / "missing", volume, straight, skip=(3,))
+    with pytest.raises(InputError, match=r"missing: slices are 3\.00 to 6\.00 mm apart"):
+        LoadScand("image")({"image": missing})
+    two = write_dicom(tmp_path / "two", volume, straight)
+    for file in write_dicom(tmp_path / "other", volume, straight).iterdir():
+        file.rename(two / f"b{file.name}")
+    with pytest.raises(InputError, match=r"two: holds 2 DICOM series"):
+        LoadScand("image")({"image": two})
+    with pytest.raises(InputError, match=r"other: holds 0 DICOM series"):
+        LoadScand("image")({"image": tmp_path / "other"})
+
+
+def test_ignored_labels_are_neither_lesion_nor_healthy():
+    label = meta(np.arange(4).reshape(1, 2, 2))
+    out = IgnoreLabelsd("label")({"label": label, "ignored_labels": [2, 7]})
+    assert out["label"].flatten().tolist() == [0, 1, -1, 3] and "ignored_labels" not in out
+    assert IgnoreLabelsd("label")({"label": label})["label"].flatten().tolist() == [0, 1, 2, 3]

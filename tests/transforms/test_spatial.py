@@ -1,14 +1,11 @@
 import numpy as np
-import pytest
 import torch
 from monai.transforms import Compose, Invertd
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
-from bundle.data import Atlas, grid_affine, load_atlas
-from bundle.data.atlas import atlas_overlap
-from bundle.errors import InputError
-from bundle.transforms import AlignToAtlasd, FillOutsided, MaskOutsided, ResampleToGrid, ResampleToGridd
-from bundle.transforms.spatial import register_to_atlas
+from bundle.data import grid_affine
+from bundle.transforms import FillOutsided, KeepVolumed, MaskOutsided, ResampleToGrid, ResampleToGridd
 from tests.conftest import CENTER, ellipsoid, meta
 
 
@@ -50,7 +47,7 @@ def test_inverse_restores_shape_affine_and_content():
     affine = np.diag([-2.0, 2, 2, 1])
     affine[:3, 3] = [25, -45, -20]
     volume = smooth_noise((26, 28, 25), 4)
-    chain = Compose([ResampleToGridd(["image"], 1.5, (60, 60, 60), (0, -17, 5))])
+    chain = Compose([ResampleToGridd("image", 1.5, (60, 60, 60), (0, -17, 5), mask_key=None)])
     data = chain({"image": meta(volume, affine)})
     data["copy"] = data["image"] * 1
     back = Invertd("copy", chain, orig_keys="image")(data)["copy"]
@@ -59,59 +56,12 @@ def test_inverse_restores_shape_affine_and_content():
     np.testing.assert_allclose(back[0, 5:-5, 5:-5, 5:-5], volume[5:-5, 5:-5, 5:-5], atol=0.03)
 
 
-@pytest.fixture(scope="module")
-def atlas():
-    """The MNI152 brain at 4 mm: registration in a second."""
-    full = load_atlas()
-    grid = ResampleToGrid(4.0, (48, 56, 48), (0, -17, 5))
-    return Atlas(grid(full.template), grid(full.brain_mask, "nearest"))
-
-
-@pytest.mark.parametrize("contrast", [lambda x: x, lambda x: (1 - x) ** 2], ids=["like the atlas", "inverted"])
-def test_registration_finds_a_known_affine(atlas, contrast):
-    angle = np.deg2rad(12)
-    moved = np.array([[np.cos(angle), -np.sin(angle), 0, 9], [np.sin(angle), np.cos(angle), 0, -14], [0, 0, 1, 11]])
-    world = np.vstack([moved @ np.diag([1.08, 0.94, 1.0, 1.0]), [0, 0, 0, 1]])
-    image = meta(contrast(atlas.template[0].numpy()), world @ atlas.template.affine.numpy())
-    mask = meta(atlas.brain_mask[0].numpy(), world @ atlas.template.affine.numpy())
-    found = register_to_atlas(image, mask, atlas)
-    corners = np.array([[x, y, z, 1] for x in (-60, 60) for y in (-90, 60) for z in (-40, 60)]).T
-    assert np.abs((found @ world @ corners - corners)[:3]).max() < 3  # mm, at the surface of the brain
-
-
-def test_alignment_is_undone_exactly(atlas, monkeypatch):
-    monkeypatch.setattr("bundle.transforms.spatial.load_atlas", lambda *_: atlas)
-    affine = np.diag([1.0, 1, 1, 1]) @ atlas.template.affine.numpy()
-    affine[:3, 3] += 20
-    data = {"image": meta(atlas.template[0], affine), "brain_mask": meta(atlas.brain_mask[0], affine)}
-    align = AlignToAtlasd(["image", "brain_mask"])
-    moved = align(data)
-    assert not torch.allclose(moved["image"].affine, data["image"].affine)
-    torch.testing.assert_close(moved["image"].affine, moved["brain_mask"].affine)
-    assert atlas_overlap(moved["brain_mask"], atlas) > 0.97
-    np.testing.assert_allclose(align.inverse(moved)["image"].affine.numpy(), affine)
-
-
-def test_auto_leaves_what_is_aligned(atlas, monkeypatch):
-    monkeypatch.setattr("bundle.transforms.spatial.load_atlas", lambda *_: atlas)
-    monkeypatch.setattr("bundle.transforms.spatial.register_to_atlas", lambda *_: np.diag([2.0, 2, 2, 1]))
-    align = AlignToAtlasd(["image", "brain_mask"], method="auto")
-    data = {"image": atlas.template, "brain_mask": atlas.brain_mask}
-    torch.testing.assert_close(align(data)["image"].affine, atlas.template.affine)
-    far = {k: meta(v[0], np.diag([1.5, 1.5, 1.5, 1]) @ v.affine.numpy()) for k, v in data.items()}
-    assert not torch.allclose(align(far)["image"].affine, far["image"].affine)
-    torch.testing.assert_close(align({**far, "prepared": True})["image"].affine, far["image"].affine)
-    with pytest.raises(InputError, match="alignment"):
-        AlignToAtlasd("image", method="rigid")
-
-
 def test_rim_is_not_darkened_by_the_outside():
     """A brain of constant score comes back constant after two interpolations, with the lowest score around it."""
     shape = (20, 20, 20)
     inside = ellipsoid(shape, (7, 8, 6))
-    chain = Compose([ResampleToGridd(["image", "brain_mask"], 1.7, (14, 14, 14), (9.5, 9.5, 9.5))])
+    chain = Compose([ResampleToGridd("image", 1.7, (14, 14, 14), (9.5, 9.5, 9.5), allow_missing_keys=True)])
     data = chain({"image": meta(inside), "brain_mask": meta(inside)})
-    data["brain_mask"] = (data["brain_mask"] > 0.5).float()
     data["heatmap"] = torch.where(data["brain_mask"] > 0, -3.0, -9.0) * torch.ones_like(data["image"])
     data = MaskOutsided("heatmap")(data)
     data = Invertd(["heatmap", "brain_mask"], chain, orig_keys="image", nearest_interp=False)(data)
@@ -119,3 +69,53 @@ def test_rim_is_not_darkened_by_the_outside():
     brain = data["brain_mask"] > 0
     assert data["heatmap"].shape == (1, *shape) and 0.8 < brain.sum() / inside.sum() < 1.2
     torch.testing.assert_close(data["heatmap"].as_tensor(), torch.full((1, *shape), -3.0), atol=1e-4, rtol=0)
+
+
+def test_nothing_outside_the_brain_comes_in():
+    """Rims do not depend on what lies around the brain: a bright skull, zeros, or what is no number."""
+    affine = grid_affine(1, (40, 40, 40), CENTER)
+    inside = ellipsoid((40, 40, 40), (13, 15, 12))
+    brain = inside * smooth_noise((40, 40, 40))
+    chain = ResampleToGridd("image", 2.0, (20, 20, 20), CENTER)
+    results = []
+    for outside in (0.0, 9.0, np.nan):
+        data = {"image": meta(np.where(inside > 0, brain, outside), affine), "brain_mask": meta(inside, affine)}
+        results.append(chain(data))
+    for result in results:
+        torch.testing.assert_close(result["image"].as_tensor(), results[0]["image"].as_tensor())
+    mask = results[0]["brain_mask"].as_tensor() > 0
+    assert abs(mask.sum() * 8 / inside.sum() - 1) < 0.05
+    values = results[0]["image"].as_tensor()[mask]
+    assert values.min() > brain[inside > 0].min() and values.max() < brain[inside > 0].max()
+
+
+def test_spheres_keep_their_volume_there_and_back():
+    """Native voxels of 0.5 x 0.5 x 4 mm, a tilted head, the 1 mm grid: 20 and 5 mm across, over many places."""
+    shape, voxel = (120, 120, 16), np.array([0.5, 0.5, 4.0])
+    chain = ResampleToGridd("label", 1.0, (72, 72, 72), (0, 0, 0), mode="nearest", mask_key=None)
+    ratios: dict[int, list] = {5: [], 20: []}
+    for diameter, found in ratios.items():
+        for trial in range(10):
+            turn = Rotation.from_euler("xyz", np.random.uniform(-15, 15, 3), degrees=True).as_matrix()
+            affine = np.eye(4)
+            affine[:3, :3] = turn @ np.diag(voxel)
+            affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) - 1) / 2
+            middle = (np.array(shape) - 1) / 2 + np.random.uniform(-6, 6, 3) / voxel
+            planted = ellipsoid(shape, diameter / 2 / voxel, middle)
+            data = chain({"label": meta(planted, affine)})
+            data = Invertd("label", chain, nearest_interp=False)(data)
+            back = KeepVolumed("label")(data)["label"][0].numpy()
+            assert set(np.unique(back)) <= {0, 1}
+            found.append(back.sum() / planted.sum())
+            if diameter == 20:
+                assert 2 * (back * planted).sum() / (back.sum() + planted.sum()) > 0.95, trial
+    assert abs(np.array(ratios[20]) - 1).max() < 0.02
+    assert abs(np.mean(ratios[5]) - 1) < 0.1
+
+
+def test_regions_keep_their_volume():
+    share = np.zeros((12, 12, 12), np.float32)
+    share[2:5, 2:5, 2:5] = 0.4  # 27 voxels of 0.4: 11 stay
+    share[8, 8, 8], share[8, 8, 9] = 0.9, 0.3
+    kept = KeepVolumed("lesion")({"lesion": meta(share)})["lesion"][0].numpy()
+    assert kept[:6].sum() == 11 and kept[8, 8, 8] == 1 and kept[6:].sum() == 1

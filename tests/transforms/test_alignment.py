@@ -1,0 +1,86 @@
+"""Registration, on the atlas' own brain at 4 mm: a second each."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from bundle.data import Atlas, load_atlas
+from bundle.data.atlas import atlas_overlap
+from bundle.errors import InputError
+from bundle.transforms import AlignToAtlasd, ResampleToGrid
+from bundle.transforms.alignment import register_to_atlas
+from tests.conftest import meta, write_nifti
+
+
+@pytest.fixture(scope="module")
+def atlas():
+    """The MNI152 brain at 4 mm: registration in a second."""
+    full = load_atlas()
+    grid = ResampleToGrid(4.0, (48, 56, 48), (0, -17, 5))
+    return Atlas(grid(full.template), grid(full.brain_mask, "nearest"))
+
+
+@pytest.mark.parametrize("contrast", [lambda x: x, lambda x: (1 - x) ** 2], ids=["like the atlas", "inverted"])
+@pytest.mark.parametrize("turned", [(0, 0, 12), (30, 0, 0), (0, -30, 0), (0, 0, 30)])
+def test_registration_finds_a_known_affine(contrast, turned):
+    """Any contrast, tilted by up to 30 degrees, shifted, stretched; error at the surface of the brain, mm."""
+    atlas = load_atlas()
+    world = np.eye(4)
+    world[:3, :3] = Rotation.from_euler("xyz", turned, degrees=True).as_matrix() @ np.diag([1.08, 0.94, 1.0])
+    world[:3, 3] = [9, -40, 11]
+    affine = world @ atlas.template.affine.numpy()
+    image = meta(contrast(atlas.template[0].numpy() / atlas.template.max().item()), affine)
+    found = register_to_atlas(image, meta(atlas.brain_mask[0].numpy(), affine), atlas)
+    corners = np.array([[x, y, z, 1] for x in (-60, 60) for y in (-90, 60) for z in (-40, 60)]).T
+    assert np.abs((found @ world @ corners - corners)[:3]).max() < 1
+
+
+def test_nothing_to_register_is_said(atlas):
+    """A mask of two voxels: ITK finds no overlap, or no optimum."""
+    empty = meta(np.zeros((10, 10, 10)))
+    mask = meta(np.zeros((10, 10, 10)))
+    mask[0, 5, 5, 5:7] = 1
+    with pytest.raises(InputError, match="alignment to the atlas failed"):
+        register_to_atlas(empty, mask, atlas)
+
+
+def test_alignment_is_undone_exactly(atlas, monkeypatch):
+    monkeypatch.setattr("bundle.transforms.alignment.load_atlas", lambda *_: atlas)
+    affine = np.diag([1.0, 1, 1, 1]) @ atlas.template.affine.numpy()
+    affine[:3, 3] += 20
+    data = {"image": meta(atlas.template[0], affine), "brain_mask": meta(atlas.brain_mask[0], affine)}
+    align = AlignToAtlasd(["image", "brain_mask"])
+    moved = align(data)
+    assert not torch.allclose(moved["image"].affine, data["image"].affine)
+    torch.testing.assert_close(moved["image"].affine, moved["brain_mask"].affine)
+    assert atlas_overlap(moved["brain_mask"], atlas) > 0.97
+    np.testing.assert_allclose(align.inverse(moved)["image"].affine.numpy(), affine)
+
+
+def test_auto_leaves_what_is_aligned(atlas, monkeypatch):
+    monkeypatch.setattr("bundle.transforms.alignment.load_atlas", lambda *_: atlas)
+    monkeypatch.setattr("bundle.transforms.alignment.register_to_atlas", lambda *_: np.diag([2.0, 2, 2, 1]))
+    align = AlignToAtlasd(["image", "brain_mask"], method="auto")
+    data = {"image": atlas.template, "brain_mask": atlas.brain_mask}
+    torch.testing.assert_close(align(data)["image"].affine, atlas.template.affine)
+    far = {k: meta(v[0], np.diag([1.5, 1.5, 1.5, 1]) @ v.affine.numpy()) for k, v in data.items()}
+    assert not torch.allclose(align(far)["image"].affine, far["image"].affine)
+    torch.testing.assert_close(align({**far, "prepared": True})["image"].affine, far["image"].affine)
+    with pytest.raises(InputError, match="alignment"):
+        AlignToAtlasd("image", method="rigid")
+
+
+def test_another_atlas_from_a_file(atlas, tmp_path):
+    file = write_nifti(tmp_path / "sri.nii.gz", (atlas.template * atlas.brain_mask)[0], atlas.template.affine.numpy())
+    mine = load_atlas(str(file))
+    torch.testing.assert_close(mine.template.affine, atlas.template.affine)
+    assert atlas_overlap(mine.brain_mask, atlas) > 0.99
+    moved = atlas.template.affine.numpy() + np.array([[0, 0, 0, 8], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    data = {"image": meta(atlas.template[0], moved), "brain_mask": meta(atlas.brain_mask[0], moved)}
+    assert atlas_overlap(AlignToAtlasd("brain_mask", atlas=str(file))(data)["brain_mask"], mine) > 0.97
+    head = write_nifti(tmp_path / "head.nii.gz", np.random.rand(9, 9, 9) + 1)
+    with pytest.raises(InputError, match=r"head\.nii\.gz: an atlas must be one skull-stripped brain"):
+        load_atlas(str(head))
+    with pytest.raises(InputError, match=r"gone\.nii: atlas cannot be read"):
+        load_atlas(str(tmp_path / "gone.nii"))
