@@ -165,8 +165,8 @@ class Preparation:
 
     Attributes:
         dataset_dir: where the results go.
-        preprocessing: the chain, from files to ``image``, ``brain_mask``, ``label`` and, for the quality sheet, ``head``
-            (with its skull) on the grid.
+        preprocessing: the chain, from files to ``image``, ``brain_mask``, ``label`` and, for the quality sheet,
+            ``head`` (with its skull) on the grid.
         settings: what the chain was made from; a scan prepared with others, or from another file, is done again.
         draw_alignment: draws the quality sheet of a scan, see `bundle.reports.draw_alignment`; None draws none.
         atlas: template file, see `load_atlas`.

@@ -87,7 +87,7 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
     # brain and a rim around it: the outline of the brain is the strongest guide an affine transform has
     rim = [max(1, round(9.0 / s)) for s in fixed.GetSpacing()]
     fixed_mask = sitk.BinaryDilate(fixed_mask, rim)
-    fitted: list[tuple[float, sitk.Transform]] = []
+    fitted: list[tuple[float, sitk.Similarity3DTransform]] = []
     problem = "no overlap"
     for rotation in _STARTS:
         turned = sitk.Euler3DTransform(center.tolist(), *rotation.tolist(), shift.tolist())

@@ -53,7 +53,7 @@ def _deepbet(device: str) -> Any:
 def strip_with_deepbet(image: MetaTensor, device: str) -> np.ndarray:
     """Brain mask ``[X, Y, Z]`` of a whole head ``[1, X, Y, Z]`` (RAS, any contrast), by deepbet."""
     networks = _deepbet(device)
-    share = networks.run_model(image[0].as_tensor().cpu().float().numpy())
+    share = networks.run_model(image.as_tensor()[0].cpu().float().numpy())
     return np.asarray(networks.postprocess(share > 0.5))
 
 
@@ -70,7 +70,8 @@ def strip_with_hd_bet(image: MetaTensor, device: str) -> np.ndarray:
         write_volume(scan, image[0].numpy(), image.affine)
         predictor = get_hdbet_predictor(device=torch.device(device))
         hdbet_predict(scan, brain, predictor, keep_brain_mask=True, compute_brain_extracted_image=False)
-        return np.asarray(nib.load(brain.replace(".nii.gz", "_bet.nii.gz")).dataobj) > 0
+        mask: Any = nib.load(brain.replace(".nii.gz", "_bet.nii.gz"))
+        return np.asarray(mask.dataobj) > 0
 
 
 STRIPPERS: dict[str, Callable[[MetaTensor, str], np.ndarray]] = {

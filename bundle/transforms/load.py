@@ -89,7 +89,7 @@ def read_dicom(folder: str) -> MetaTensor:
         raise InputError(f"{folder}: its DICOM series cannot be read; is it complete?") from error
     if gaps.size and np.abs(gaps - np.median(gaps)).max() > 0.1 * abs(np.median(gaps)):
         raise InputError(
-            f"{folder}: slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart; are some missing, or two series mixed?"
+            f"{folder}: slices lie {gaps.min():.2f} to {gaps.max():.2f} mm apart; some are missing or of another series"
         )
     if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() != 3:
         raise InputError(f"{folder}: its DICOM series is not one grey-scale volume")

@@ -74,12 +74,11 @@ LAYOUTS = {
         {(n, c): True for n in ("0", "100") for c in ("t1", "flair")},
     ),
     "bids": (
-        ["sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01/ses-2/anat/sub-01_ses-2_acq-x_T1w.nii"]
-        + ["sub-02/anat/sub-02_T2w.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz", "sub-02/func/sub-02_bold.nii.gz"],
-        {
-            (n, c): False
-            for n, c in [("sub-01_ses-1", "t1"), ("sub-01_ses-2", "t1"), ("sub-02", "t2"), ("sub-02", "flair")]
-        },
+        [
+            *("sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01/ses-2/anat/sub-01_ses-2_acq-x_T1w.nii"),
+            *("sub-02/anat/sub-02_T2w.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz", "sub-02/func/sub-02_bold.nii.gz"),
+        ],
+        dict.fromkeys([("sub-01_ses-1", "t1"), ("sub-01_ses-2", "t1"), ("sub-02", "t2"), ("sub-02", "flair")], False),
     ),
     "folder": (
         ["a_T1.nii.gz", "a_flair.nii.gz", "a_lesion.nii.gz", "deep/b_t2.nii", "c/t1/IM1", "c/t1/IM2"],

@@ -62,7 +62,7 @@ WHOLE_HEADS = {
 
 @pytest.mark.parametrize("name", WHOLE_HEADS)
 def test_whole_head_is_refused_where_nothing_may_strip_it(name):
-    with pytest.raises(InputError, match="not skull-stripped .* --brain_mask"):
+    with pytest.raises(InputError, match=r"not skull-stripped .* --brain_mask"):
         BrainMaskd(method="none")({"image": meta(WHOLE_HEADS[name], AFFINE)})
 
 
@@ -96,7 +96,7 @@ def test_what_is_no_head_is_said(scan):
 
 def test_hd_bet_is_used_where_it_is_installed(whole_head, monkeypatch):
     """Its weights cannot be had everywhere, so its place is taken by a threshold that talks in the same files."""
-    head, brain = whole_head
+    head, _ = whole_head
     if importlib.util.find_spec("HD_BET") is None:
         with pytest.raises(InputError, match="pip install hd-bet"):
             BrainMaskd(method="hd-bet")({"image": head})

@@ -87,7 +87,7 @@ def test_dicom_that_is_not_one_volume_is_named(tmp_path):
     volume = np.random.randint(0, 4000, (12, 10, 7))
     straight = np.diag([-1.0, -1.0, 3.0, 1.0])
     missing = write_dicom(tmp_path / "missing", volume, straight, skip=(3,))
-    with pytest.raises(InputError, match=r"missing: slices are 3\.00 to 6\.00 mm apart"):
+    with pytest.raises(InputError, match=r"missing: slices lie 3\.00 to 6\.00 mm apart"):
         LoadScand("image")({"image": missing})
     two = write_dicom(tmp_path / "two", volume, straight)
     for file in write_dicom(tmp_path / "other", volume, straight).iterdir():
