@@ -63,7 +63,7 @@ def write_nifti(path: Path, array, affine=None) -> Path:
 
 
 def write_dicom(folder: Path, volume: np.ndarray, affine: np.ndarray, skip: tuple[int, ...] = ()) -> Path:
-    """A series of MR slices: ``volume`` ``[X, Y, Z]`` of whole numbers, ``affine`` in RAS mm; slices ``skip`` are lost."""
+    """A series of MR slices: ``volume`` ``[X, Y, Z]`` of whole numbers, ``affine`` in RAS mm; ``skip`` are missing."""
     import pydicom
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
