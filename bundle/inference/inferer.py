@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,63 +19,90 @@ class PatchLocationInferer(Inferer):
 
     A voxel's patch is the one that starts ``patch_size // 2`` voxels before it in both directions; slices are padded
     with background, so that voxels at the rim of the grid have theirs too. Brain is where the intensity is above 0
-    (see `NormalizeBrainIntensityd`); only the slices and the bounding box that hold brain are run.
+    (see `NormalizeBrainIntensityd`); only the slices and the bounding boxes that hold brain are run.
 
     Args:
         patch_size: receptive field of the network, voxels.
-        chunk: slices run at once; bounds the memory.
+        stride: of the network's output, voxels. Above 1, only every ``stride``-th row and column is evaluated, and
+            what is predicted there is interpolated bilinearly in between.
+        max_positions: patches evaluated at once; bounds the memory, whatever the size of the volume.
         precision: "float32", or "bfloat16" for autocast.
         output: "anomaly" gives log squared error and log variance ``[B, 2, H, W, D]``, voxels outside the brain set to
             the lowest score inside; "location" gives the network's four channels as they are, 0 outside the brain.
 
     Raises:
-        ValueError: an unknown ``precision`` or ``output``; an input that is not ``[B, 1, H, W, D]``, or has no brain.
+        ValueError: an unknown ``precision`` or ``output``; an input that is not ``[B, 1, H, W, D]``, or has no brain;
+            a network of another stride.
     """
 
     def __init__(
-        self, patch_size: int = 24, chunk: int = 8, precision: str = "float32", output: str = "anomaly"
+        self,
+        patch_size: int = 24,
+        stride: int = 1,
+        max_positions: int = 2**15,
+        precision: str = "float32",
+        output: str = "anomaly",
     ) -> None:
         super().__init__()
         if precision not in ("float32", "bfloat16") or output not in ("anomaly", "location"):
             raise ValueError(f"unknown precision '{precision}' or output '{output}'")
-        self.patch_size, self.chunk, self.precision, self.output = patch_size, chunk, precision, output
+        self.patch_size, self.stride, self.max_positions = patch_size, stride, max_positions
+        self.precision, self.output = precision, output
 
     @torch.no_grad()
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Args: inputs ``[B, 1, H, W, D]`` normalised intensities; network as `PatchLocator`, at stride 1."""
+        """Args: inputs ``[B, 1, H, W, D]`` normalised intensities; network as `PatchLocator`, of this stride."""
         if inputs.ndim != 5 or inputs.shape[1] != 1:
             raise ValueError(f"expected volumes [B, 1, H, W, D], got {tuple(inputs.shape)}")
         volumes = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        results = torch.stack([self._volume(v, network) for v in volumes])
+        results = torch.stack([self._volume(v[0], network) for v in volumes])
         return convert_to_dst_type(results, inputs)[0]
 
     def _volume(self, volume: torch.Tensor, network: Callable[..., torch.Tensor]) -> torch.Tensor:
+        """``[H, W, D]`` to ``[2 or 4, H, W, D]``."""
         inside = volume > 0
         if not inside.any():
             raise ValueError("the volume holds no brain (no intensity above 0)")
-        h, w, d = volume.shape[1:]
-        p, before = self.patch_size, self.patch_size // 2
-        rows, cols, slices = (torch.nonzero(inside[0].any(a).any(b))[:, 0] for a, b in ((2, 1), (2, 0), (1, 0)))
-        r0, r1, c0, c1 = int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
-        # every voxel of the box with its whole patch
-        box = F.pad(volume[0].permute(2, 0, 1), (before, p - 1 - before, before, p - 1 - before))
-        box = box[:, r0 : r1 + p - 1, c0 : c1 + p - 1]
-        location = torch.stack(
-            torch.meshgrid(
-                patch_centers(torch.arange(r0, r1, device=volume.device) - before, p, h),
-                patch_centers(torch.arange(c0, c1, device=volume.device) - before, p, w),
-                indexing="ij",
-            )
-        )[None]
-        result = volume.new_zeros(2 if self.output == "anomaly" else 4, h, w, d)
-        for chunk in slices.split(self.chunk):
-            image = box[chunk][:, None]
-            plane = slice_position(chunk.to(volume.dtype), d).view(-1, 1, 1, 1).expand_as(image)
+        h, w, d = volume.shape
+        p, s, before = self.patch_size, self.stride, self.patch_size // 2
+        # every voxel with its whole patch, and up to s - 1 voxels more, for the positions behind the last voxel
+        padded = F.pad(volume.permute(2, 0, 1), (before, p - 2 - before + s, before, p - 2 - before + s))
+        result = volume.new_zeros(4, h, w, d)
+        for slices, (r0, r1), (c0, c1) in self._tiles(inside):
+            rows, cols = ((-(-(b - a - 1) // s)) * s + p for a, b in ((r0, r1), (c0, c1)))
+            image = padded[slices, r0 : r0 + rows, c0 : c0 + cols][:, None]
+            plane = slice_position(slices.to(volume.dtype), d).view(-1, 1, 1, 1).expand_as(image)
             with torch.autocast(volume.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 pred = network(torch.cat([image, plane], 1))
-            pred = pred.to(volume.dtype)
-            channels = anomaly_channels(pred, location) if self.output == "anomaly" else pred
-            result[:, r0:r1, c0:c1, chunk] = channels.permute(1, 2, 3, 0)
-        return fill_outside(result, inside) if self.output == "anomaly" else result * inside
+            if pred.shape[2:] != ((rows - p) // s + 1, (cols - p) // s + 1):
+                raise ValueError(f"the network's stride is not the inferer's, {s}")
+            if s > 1:
+                size = [(n - 1) * s + 1 for n in pred.shape[2:]]
+                pred = F.interpolate(pred.float(), size, mode="bilinear", align_corners=True)
+            result[:, r0:r1, c0:c1, slices] = pred[..., : r1 - r0, : c1 - c0].to(volume.dtype).permute(1, 2, 3, 0)
+        if self.output == "location":
+            return result * inside
+        rows, cols = (patch_centers(torch.arange(n, device=volume.device) - before, p, n) for n in (h, w))
+        location = torch.stack(torch.meshgrid(rows, cols, indexing="ij"))[..., None]
+        return fill_outside(anomaly_channels(result[None], location[None])[0], inside[None])
+
+    def _tiles(self, inside: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int, int], tuple[int, int]]]:
+        """Slices, rows and columns that together cover the brain, of at most ``max_positions`` positions each (one row
+        of one slice at least); rows and columns start at multiples of the stride.
+        """
+
+        def extent(filled: torch.Tensor) -> tuple[int, int]:
+            at = torch.nonzero(filled)[:, 0]
+            return int(at[0]) // self.stride * self.stride, int(at[-1]) + 1
+
+        budget = self.max_positions * self.stride**2
+        rows_filled, cols_filled = inside.any(1).cpu(), inside.any(0).cpu()  # [H, D], [W, D]
+        slices = torch.nonzero(rows_filled.any(0))[:, 0]
+        (r0, r1), (c0, c1) = extent(rows_filled.any(1)), extent(cols_filled.any(1))
+        for chunk in slices.split(max(1, budget // ((r1 - r0) * (c1 - c0)))):
+            (r0, r1), (c0, c1) = extent(rows_filled[:, chunk].any(1)), extent(cols_filled[:, chunk].any(1))
+            step = max(1, budget // ((c1 - c0) * len(chunk)) // self.stride) * self.stride
+            for r in range(r0, r1, step):
+                yield chunk.to(inside.device), (r, min(r + step, r1)), (c0, c1)

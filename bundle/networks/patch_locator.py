@@ -100,17 +100,21 @@ class PatchLocator(nn.Module):
         strides = self.layer_strides(self.stride)
         dilation = 1
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms)):
-            weight = convolution.weight
-            features = nn.functional.conv2d(features, weight, None, strides[i], 0, dilation)  # type: ignore[arg-type]
+            weight, bias = convolution.weight, torch.zeros_like(norm.bias)
+            if not self.training:
+                # the largest tensors are passed over once instead of twice
+                scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+                weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+            features = nn.functional.conv2d(features, weight, bias, strides[i], 0, dilation)
+            if self.training:
+                features = norm(features)
             if i < len(self.own_strides) - 1:
-                features = nn.functional.relu(norm(features), inplace=True)
+                features = nn.functional.relu(features, inplace=True)
             dilation = dilation * self.own_strides[i] // min(strides[i], self.own_strides[i])
-        h, w = features.shape[2:]
-        # the plane is constant within a slice, so any voxel of the patch tells its position; take the centre
-        c = self.patch_size // 2
-        angle = plane[:, :, c :: self.stride, c :: self.stride][:, :, :h, :w] * self.frequencies.view(1, -1, 1, 1)
+        # the plane is constant within a slice, so any of its voxels tells the slice's position
+        angle = plane[:, :, :1, :1] * self.frequencies.view(1, -1, 1, 1)
         position = self.position(torch.cat([angle.sin(), angle.cos()], 1))
-        features = nn.functional.relu(self.norms[-1](features) + position)
+        features = nn.functional.relu(features + position, inplace=True)
         variance_features = features.detach() if self.detach_variance else features
         return torch.cat([self.location_head(features), self.variance_head(variance_features)], 1)
 

@@ -14,7 +14,7 @@ def anomaly_channels(pred: torch.Tensor, location: torch.Tensor) -> torch.Tensor
     The score of Baker & Brockmeier (arXiv 2506.22504) is their sum, ``log(error^2) + log(variance)``.
 
     Args:
-        pred: ``[B, 4, H, W]`` network output (row, column, log variance of row, of column).
+        pred: ``[B, 4, H, W]`` (or ``[B, 4, H, W, D]``) network output (row, column, log variance of row, of column).
         location: ``[B or 1, 2, H, W]`` true row and column, in fractions of the slice as ``pred``.
 
     Returns:

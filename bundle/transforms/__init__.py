@@ -3,7 +3,7 @@ from .brain import BrainMaskd
 from .intensity import CorrectBiasFieldd, CurvatureFlowd, NormalizeBrainIntensityd, learn_landmarks
 from .load import IgnoreLabelsd, LoadScand
 from .outside import FillOutsided, MaskOutsided
-from .sampling import AxialSlicesd, DenseLocationsd, RandAxialSlicesd, RandPatchesd
+from .sampling import AxialSlicesd, DenseLocationsd, FindBrainSlicesd, RandAxialSlicesd, RandPatchesd
 from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CurvatureFlowd",
     "DenseLocationsd",
     "FillOutsided",
+    "FindBrainSlicesd",
     "IgnoreLabelsd",
     "KeepVolumed",
     "LoadScand",

@@ -31,20 +31,38 @@ def patch_brain_share(image: torch.Tensor, patch_size: int, stride: int = 1) -> 
     return F.avg_pool2d((image > 0).float(), patch_size, stride)
 
 
+class FindBrainSlicesd(MapTransform):
+    """List the axial slices that hold brain in ``brain_slices``, on the CPU, so that slices can be drawn from a volume
+    on the GPU without waiting for it.
+
+    Args:
+        keys: the volume ``[1, H, W, D]``, 0 outside the brain.
+        min_brain_share: slices with a smaller share of brain voxels are not listed.
+    """
+
+    def __init__(self, keys: str = "image", min_brain_share: float = 0.02) -> None:
+        super().__init__(keys)
+        self.min_brain_share = min_brain_share
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        share = (torch.as_tensor(data[self.keys[0]])[0] > 0).float().mean((0, 1)).cpu()
+        found = torch.nonzero(share >= min(self.min_brain_share, float(share.max())))[:, 0]
+        return {**data, "brain_slices": found}
+
+
 class AxialSlicesd(MapTransform):
     """Take axial slices, evenly spread over those that hold brain: one dictionary per slice.
 
     Each holds ``image`` ``[2, H, W]``: the intensity, and a plane filled with the slice position.
 
     Args:
-        keys: the volume ``[1, H, W, D]``.
+        keys: the volume ``[1, H, W, D]``, with ``brain_slices`` beside it (`FindBrainSlicesd`).
         num_slices: how many.
-        min_brain_share: slices with a smaller share of brain voxels are not considered.
     """
 
-    def __init__(self, keys: str = "image", num_slices: int = 1, min_brain_share: float = 0.02) -> None:
+    def __init__(self, keys: str = "image", num_slices: int = 1) -> None:
         super().__init__(keys)
-        self.num_slices, self.min_brain_share = num_slices, min_brain_share
+        self.num_slices = num_slices
 
     def choose(self, candidates: torch.Tensor) -> torch.Tensor:
         """Pick ``num_slices`` of the slice indices ``candidates``."""
@@ -53,10 +71,8 @@ class AxialSlicesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
         volume = data[self.keys[0]]
         volume = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
-        share = (volume[0] > 0).float().mean((0, 1))
-        candidates = torch.nonzero(share >= min(self.min_brain_share, float(share.max())))[:, 0]
         slices = []
-        for k in self.choose(candidates).tolist():
+        for k in self.choose(data["brain_slices"]).tolist():
             image = volume[:, :, :, k]
             plane = torch.full_like(image, slice_position(k, volume.shape[-1]))
             slices.append({self.keys[0]: torch.cat([image, plane])})
@@ -148,5 +164,5 @@ class DenseLocationsd(MapTransform, Randomizable):
             patch_centers(o + s * torch.arange(n), p, extent)
             for o, n, extent in zip(offset, valid.shape[1:], image.shape[1:])
         )
-        location = torch.stack(torch.meshgrid(rows, cols, indexing="ij"))
+        location = torch.stack(torch.meshgrid(rows, cols, indexing="ij")).to(window)
         return {self.keys[0]: window, self.label_key: torch.cat([location, valid.float()])}

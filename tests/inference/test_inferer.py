@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,15 +38,41 @@ def brute_force(network, volume, voxel):
     return anomaly_channels(pred, location).flatten()
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("max_positions", [1, 60, 400, 2**17])
 @torch.no_grad()
-def test_every_brain_voxel_equals_its_patch_alone(network, volume, chunk):
-    out = PatchLocationInferer(P, chunk=chunk)(volume[None, None], network)
+def test_every_brain_voxel_equals_its_patch_alone(network, volume, max_positions):
+    """One row, some rows, some slices or everything at once."""
+    out = PatchLocationInferer(P, max_positions=max_positions)(volume[None, None], network)
     assert out.shape == (1, 2, *volume.shape)
     for voxel in torch.nonzero(volume)[::7].tolist():
         torch.testing.assert_close(
             out[0, :, voxel[0], voxel[1], voxel[2]], brute_force(network, volume, voxel), atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+@pytest.mark.parametrize("max_positions", [3, 2**17])
+@torch.no_grad()
+def test_strided_evaluation_is_exact_where_it_evaluates_and_bilinear_between(network, volume, stride, max_positions):
+    dense = PatchLocationInferer(P, output="location")(volume[None, None], network)[0]
+    inferer = PatchLocationInferer(P, stride, max_positions, output="location")
+    with pytest.raises(ValueError, match="stride"):
+        inferer(volume[None, None], network)
+    strided = copy.deepcopy(network)
+    strided.stride = stride
+    out = inferer(volume[None, None], strided)[0]
+    evaluated = torch.zeros_like(volume, dtype=torch.bool)
+    evaluated[::stride, ::stride] = True
+    assert (volume > 0)[evaluated].sum() > 10
+    at = evaluated & (volume > 0)
+    torch.testing.assert_close(out[:, at], dense[:, at], atol=1e-4, rtol=1e-4)
+    between = [
+        v for v in torch.nonzero(volume).tolist() if v[0] % stride == 1 and v[1] % stride == 0 and v[0] + stride < 18
+    ]
+    for i, j, k in between:
+        a, b = out[:, i - 1, j, k], out[:, i - 1 + stride, j, k]
+        if volume[i - 1, j, k] > 0 and volume[i - 1 + stride, j, k] > 0:
+            torch.testing.assert_close(out[:, i, j, k], a + (b - a) / stride, atol=1e-4, rtol=1e-4)
 
 
 def test_outside_is_the_lowest_inside(network, volume):

@@ -4,7 +4,7 @@ import torch
 
 from bundle.losses import BetaNLLLoss
 from bundle.networks import PatchLocator
-from bundle.transforms import AxialSlicesd, DenseLocationsd, RandAxialSlicesd, RandPatchesd
+from bundle.transforms import AxialSlicesd, DenseLocationsd, FindBrainSlicesd, RandAxialSlicesd, RandPatchesd
 from tests.conftest import ellipsoid, meta
 
 
@@ -16,8 +16,19 @@ def volume():
     return meta((1 + i + 100 * j + 10000 * k) * ellipsoid(shape, (13, 11, 4)))
 
 
+def with_slices(volume):
+    return FindBrainSlicesd()({"image": volume})
+
+
+def test_brain_slices_are_listed(volume):
+    assert with_slices(volume)["brain_slices"].tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
+    thin = torch.zeros(1, 20, 20, 5)
+    thin[0, 3, 3, 2] = 1  # a share below the least: the fullest slice is still listed
+    assert with_slices(thin)["brain_slices"].tolist() == [2]
+
+
 def test_slices_hold_intensity_and_position(volume):
-    slices = AxialSlicesd("image", num_slices=3)({"image": volume})
+    slices = AxialSlicesd("image", num_slices=3)(with_slices(volume))
     assert len(slices) == 3
     for s in slices:
         position = s["image"][1].unique()
@@ -32,13 +43,13 @@ def test_random_slices_are_seeded_and_hold_brain(volume):
     positions = []
     for _ in range(2):
         sampler.set_random_state(3)
-        positions.append([float(s["image"][1, 0, 0]) for s in sampler({"image": volume})])
+        positions.append([float(s["image"][1, 0, 0]) for s in sampler(with_slices(volume))])
         assert len(set(positions[-1])) > 3
     assert positions[0] == positions[1]
 
 
 def test_patches_know_where_they_come_from(volume):
-    (image,) = AxialSlicesd("image", 1)({"image": volume})
+    (image,) = AxialSlicesd("image", 1)(with_slices(volume))
     sampler = RandPatchesd("image", patch_size=8, num_patches=30, min_brain_share=0.2).set_random_state(0)
     full = image["image"][0]
     for patch in sampler(image):
@@ -56,7 +67,7 @@ def test_an_empty_slice_gives_patches_without_weight():
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_dense_locations_are_those_of_the_patches(volume, stride):
-    (item,) = AxialSlicesd("image", 1)({"image": volume})
+    (item,) = AxialSlicesd("image", 1)(with_slices(volume))
     sampler = DenseLocationsd("image", patch_size=8, stride=stride).set_random_state(1)
     sizes = set()
     for _ in range(10):
@@ -75,7 +86,7 @@ def test_dense_locations_are_those_of_the_patches(volume, stride):
 
 def test_dense_and_patch_training_agree_on_the_same_patches(volume):
     """Same network, same patches: one pass over the slice gives the loss and gradient of all patches."""
-    (item,) = AxialSlicesd("image", 1)({"image": meta(volume[0] / volume.max())})
+    (item,) = AxialSlicesd("image", 1)(with_slices(meta(volume[0] / volume.max())))
     network, loss = PatchLocator(patch_size=8, channels=4, features=8, stride=2).eval(), BetaNLLLoss()
     dense = DenseLocationsd("image", patch_size=8, stride=2)(item)
     value = loss(network(dense["image"][None]), dense["label"][None])
