@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from monai.metrics import CumulativeIterationMetric
 
+from bundle.parallel import gather
+
 
 def average_precision(scores: torch.Tensor, labels: torch.Tensor) -> float:
     """Average precision of voxel scores: the sum over thresholds of precision times the gain in recall.
@@ -57,6 +59,6 @@ class AUPRCMetric(CumulativeIterationMetric):
 
     def aggregate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.pooled:
-            scores, labels = (torch.cat(v) for v in zip(*self._voxels))
+            scores, labels = (torch.cat(v) for v in zip(*gather(self._voxels)))
             return torch.tensor(average_precision(scores, labels))
         return self.get_buffer().nanmean()

@@ -12,6 +12,8 @@ from monai.handlers import IgniteMetricHandler
 from monai.metrics import DiceMetric
 from monai.transforms import MapTransform
 
+from bundle.errors import InputError
+from bundle.parallel import gather
 from bundle.scoring import INTENSITY_SCORES, CalibrationFile
 
 from .auprc import AUPRCMetric
@@ -60,7 +62,12 @@ class CaseMetricHandler(IgniteMetricHandler):
     """MONAI's metric handler for cases of which all may have failed: NaN then, instead of an error."""
 
     def compute(self) -> Any:
-        return float("nan") if self.metric_fn.get_buffer() is None else super().compute()
+        empty = gather([self.metric_fn._buffers is None])
+        if all(empty):
+            return float("nan")
+        if any(empty):  # MONAI's metrics would wait for that process for ever
+            raise InputError(f"{sum(empty)} of {len(empty)} processes had no scan to measure; start fewer")
+        return super().compute()
 
 
 def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, Any]]], tuple[list, list]]:

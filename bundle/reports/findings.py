@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from bundle.data.files import nifti_header, share, write_text, write_volume
 from bundle.errors import InputError
+from bundle.parallel import gather, is_main
 from bundle.scoring import FindLesionsd
 
 from .figure import HEAT_RANGE, draw_report
@@ -64,7 +65,8 @@ class SaveFindings:
         self.rows = []
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
         self.find_lesions.threshold()
-        write_table(self.output_dir / "summary.csv", [], COLUMNS)
+        if is_main():
+            write_table(self.output_dir / "summary.csv", [], COLUMNS)
 
     def start_clock(self, engine: Engine) -> None:
         self.started = time.monotonic()
@@ -78,7 +80,8 @@ class SaveFindings:
                 row.update(self._write_scan(name, {**batch, **output}), status="ok")
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
-            write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
+            if is_main():
+                write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
             told = row["status"] if failure else f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml"
             print(f"[{len(self.rows)}/{self.total}] {name}: {told}, {row['seconds']} s", flush=True)
 
@@ -126,7 +129,11 @@ class SaveFindings:
         return HEAT_RANGE, f"{score}: healthy spreads above usual"
 
     def finish(self, engine: Engine) -> None:
+        self.rows = gather(self.rows)
         failed = [r for r in self.rows if r["status"] != "ok"]
+        if not is_main():  # one process tells it all
+            return
+        write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
         print(f"{self.output_dir / 'summary.csv'}: {len(self.rows) - len(failed)} of {len(self.rows)} scans done")
         if failed:
             lines = [f"{r['name']}: {r['status']}" for r in failed]

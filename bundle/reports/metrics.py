@@ -12,6 +12,7 @@ from ignite.engine import Engine, Events
 from bundle.data.files import write_json
 from bundle.errors import InputError
 from bundle.metrics import BASELINES
+from bundle.parallel import gather, is_main
 from bundle.scoring import FindLesionsd
 
 from .findings import as_list, write_table
@@ -63,6 +64,9 @@ class SaveMetrics:
                 print(f"evaluated {len(self.names)}: {batch['name']}", flush=True)
 
     def finish(self, engine: Any) -> None:
+        self.names, self.failures = gather(self.names), gather(self.failures)
+        if not is_main():  # one process tells it all
+            return
         if not self.names:
             raise InputError("; ".join(self.failures))
         metrics, details = engine.state.metrics, engine.state.metric_details
