@@ -30,7 +30,7 @@ def join_processes() -> None:
 
 
 def local_device() -> torch.device:
-    """This process' GPU; the CPU where there is none."""
+    """The GPU of this process; the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -84,8 +84,8 @@ class PatchLocationInferer(Inferer):
             result[:, r0:r1, c0:c1, slices] = pred[..., : r1 - r0, : c1 - c0].to(volume.dtype).permute(1, 2, 3, 0)
         if self.output == "location":
             return result * inside
-        rows, cols = (patch_centers(torch.arange(n, device=volume.device) - before, p, n) for n in (h, w))
-        location = torch.stack(torch.meshgrid(rows, cols, indexing="ij"))[..., None]
+        centers = [patch_centers(torch.arange(n, device=volume.device) - before, p, n) for n in (h, w)]
+        location = torch.stack(torch.meshgrid(*centers, indexing="ij"))[..., None]
         return fill_outside(anomaly_channels(result[None], location[None])[0], inside[None])
 
     def _tiles(self, inside: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int, int], tuple[int, int]]]:

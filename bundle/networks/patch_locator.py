@@ -27,6 +27,16 @@ def plan_layers(patch_size: int) -> list[tuple[int, int]]:
     return [*layers, (size, 1)]
 
 
+def folded(
+    weight: torch.Tensor, norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the convolution that does the work of one with ``weight`` and the batch norm behind it
+    (its weight, bias, running mean and running variance).
+    """
+    scale = norm[0] * torch.rsqrt(norm[3] + eps)
+    return weight * scale.view(-1, 1, 1, 1), norm[1] - norm[2] * scale
+
+
 class PatchLocator(nn.Module):
     """Fully convolutional localiser without padding: a patch gives one answer, a slice that of every patch in it.
 
@@ -100,14 +110,12 @@ class PatchLocator(nn.Module):
         strides = self.layer_strides(self.stride)
         dilation = 1
         for i, (convolution, norm) in enumerate(zip(self.convolutions, self.norms)):
-            weight, bias = convolution.weight, torch.zeros_like(norm.bias)
-            if not self.training:
-                # the largest tensors are passed over once instead of twice
-                scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-                weight, bias = weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
-            features = nn.functional.conv2d(features, weight, bias, strides[i], 0, dilation)
             if self.training:
-                features = norm(features)
+                features = norm(nn.functional.conv2d(features, convolution.weight, None, strides[i], 0, dilation))  # type: ignore[arg-type]
+            else:  # the largest tensors are passed over once instead of twice
+                statistics = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+                weight, bias = folded(convolution.weight, statistics, norm.eps)  # type: ignore[arg-type]
+                features = nn.functional.conv2d(features, weight, bias, strides[i], 0, dilation)
             if i < len(self.own_strides) - 1:
                 features = nn.functional.relu(features, inplace=True)
             dilation = dilation * self.own_strides[i] // min(strides[i], self.own_strides[i])
