@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, run_bundle, write_nifti
+from tests.conftest import ROOT, run_bundle, write_dicom, write_nifti
 
 
 def succeed(*args, **kwargs):
@@ -101,6 +101,22 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     np.testing.assert_allclose(results["turned"].affine, affine, atol=1e-5)
     back = results["turned"].get_fdata().transpose(1, 2, 0)[::-1]
     np.testing.assert_allclose(back, results["plain"].get_fdata(), atol=0.02)
+
+
+def test_a_dicom_series_gives_what_its_nifti_gives(models, cohort, grid_file, tmp_path):
+    item = json.loads((cohort / "datalist.json").read_text())["test"][0]
+    image = nib.load(cohort / item["image"])
+    scan, folder, out = np.round(image.get_fdata() * 1000), tmp_path / "scans", tmp_path / "out"
+    last = np.array(image.shape) - 1
+    affine = image.affine @ np.array([[-1, 0, 0, last[0]], [0, -1, 0, last[1]], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    write_nifti(folder / "as_nifti.nii.gz", scan[::-1, ::-1], affine)
+    write_dicom(folder / "as_dicom", scan[::-1, ::-1], affine)
+    use = ("--dataset_dir", folder, "--ckpt_dir", models, "--output_dir", out, "--bias_field", "none")
+    succeed("inference", "inference", grid_file, *use)
+    for kind in ("heatmap", "lesion"):
+        nifti, dicom = (nib.load(out / n / f"{n}_{kind}.nii.gz") for n in ("as_nifti", "as_dicom"))
+        np.testing.assert_allclose(nifti.affine, dicom.affine, atol=1e-4)
+        np.testing.assert_allclose(nifti.get_fdata(), dicom.get_fdata(), atol=1e-3)
 
 
 def test_evaluation_survives_a_bad_scan_and_any_score(models, cohort, grid_file, tmp_path):
