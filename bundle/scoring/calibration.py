@@ -217,9 +217,13 @@ def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.T
     return torch.where(weight > 0, total / weight, torch.nan)[0, 0]
 
 
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def model_hash(model_file: str | Path, contrast: str) -> str:
+    """SHA-256 of a model and, where there are any beside it, of its intensity landmarks: with others of either, a
+    scan scores differently.
+    """
+    landmarks = Path(model_file).with_name(f"landmarks_{contrast}.json")
+    content = Path(model_file).read_bytes() + (landmarks.read_bytes() if landmarks.is_file() else b"")
+    return hashlib.sha256(content).hexdigest()
 
 
 def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndarray) -> None:
@@ -272,8 +276,10 @@ def load_calibration(path: str | Path, model_file: str | Path, grid: Mapping[str
     content = read_json(path, f"calibration (make it with: run calibration --ckpt_dir {Path(path).parent})")
     try:
         about = content["provenance"]
-        if about["model_sha256"] != file_hash(model_file):
-            raise InputError(f"{path}: made with another model than {model_file}; run the calibration again")
+        if about["model_sha256"] != model_hash(model_file, content["contrast"]):
+            raise InputError(
+                f"{path}: made with another model (or landmarks) than {model_file}; run the calibration again"
+            )
         if grid is not None and about["grid"] != dict(grid):
             raise InputError(
                 f"{path}: made on another grid ({about['grid']}) than is configured ({dict(grid)}); "
@@ -360,7 +366,11 @@ class FitCalibration:
             self.grid["spacing"],
             self.smoothing_mm,
             self.median_radius,
-            {"model_sha256": file_hash(self.model_file), "grid": self.grid, "smoothing_mm": self.smoothing_mm},
+            {
+                "model_sha256": model_hash(self.model_file, self.contrast),
+                "grid": self.grid,
+                "smoothing_mm": self.smoothing_mm,
+            },
         )
         # outer edges are shared, so the first voxel of a coarser map lies further in
         factor = self.images[0].shape[1] / calibration.mean["location"].shape[1]

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from bundle.errors import InputError
 from bundle.scoring import SCORES, fit_calibration, load_calibration, save_calibration
-from bundle.scoring.calibration import _median, file_hash, population_maps, raw_map
+from bundle.scoring.calibration import _median, model_hash, population_maps, raw_map
 from tests.conftest import ellipsoid
 
 SHAPE = (14, 16, 10)
@@ -130,7 +130,7 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
     model.write_bytes(b"weights")
     other.write_bytes(b"others")
     grid = {"spacing": 2.0, "spatial_size": list(SHAPE), "center": [0.0, 0.0, 0.0]}
-    about = {**calibration.provenance, "model_sha256": file_hash(model), "grid": grid}
+    about = {**calibration.provenance, "model_sha256": model_hash(model, "t1"), "grid": grid}
     bound = replace(calibration, provenance=about)
     path = tmp_path / "calibration_t1.json"
     save_calibration(bound, path, np.eye(4))
@@ -140,6 +140,12 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
     assert loaded.quantiles == calibration.quantiles and loaded.provenance["subjects"] == 12
     with pytest.raises(InputError, match="another model"):
         load_calibration(path, other)
+    (tmp_path / "landmarks_t2.json").write_text("{}")  # of another contrast
+    assert load_calibration(path, model).quantiles == calibration.quantiles
+    (tmp_path / "landmarks_t1.json").write_text("{}")
+    with pytest.raises(InputError, match="landmarks"):
+        load_calibration(path, model)
+    (tmp_path / "landmarks_t1.json").unlink()
     for other_grid in ({**grid, "spacing": 1.0}, {**grid, "center": [0.0, 0.0, 9.0]}):
         with pytest.raises(InputError, match="another grid"):
             load_calibration(path, model, other_grid)
