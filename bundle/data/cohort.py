@@ -198,14 +198,23 @@ class Preparation:
         atlas = load_atlas(self.atlas)
         overlap = atlas_overlap(data["brain_mask"], atlas)
         item: dict[str, Any] = {key: f"{key}s/{name}.nii.gz" for key in VOLUME_KEYS if key in data}
-        for key, file in item.items():
-            dtype = np.float32 if key == "image" else np.uint8
-            write_volume(self.dataset_dir / file, data[key][0].numpy().astype(dtype), data[key].affine)
-        if self.draw_alignment:
-            expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(atlas.brain_mask, img_dst=data["image"])
-            masks = [m[0].numpy() > 0 for m in (data["brain_mask"], expected)]
-            head = data.get("head", data["image"])[0].numpy()
-            self.draw_alignment(self.dataset_dir / "qc" / f"{name}.png", f"{name}  {overlap:.3f}", head, *masks)
+        sheet = self.dataset_dir / "qc" / f"{name}.png"
+        try:
+            for key, file in item.items():
+                volume = data[key][0].numpy()
+                if key != "image":
+                    volume = volume.astype(np.uint8 if volume.max() < 256 else np.int32)
+                write_volume(self.dataset_dir / file, volume, data[key].affine)
+            if self.draw_alignment:
+                expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(
+                    atlas.brain_mask, img_dst=data["image"]
+                )
+                masks = [m[0].numpy() > 0 for m in (data["brain_mask"], expected)]
+                self.draw_alignment(sheet, f"{name}  {overlap:.3f}", data.get("head", data["image"])[0].numpy(), *masks)
+        except Exception:
+            for file in (*item.values(), sheet):  # all of a scan's files, or none
+                (self.dataset_dir / file).unlink(missing_ok=True)
+            raise
         item.update(subject=scan["subject"], contrast=scan["contrast"], atlas_overlap=round(overlap, 4))
         write_json(record, {"item": item, "made_from": made_from})
         return item
