@@ -6,7 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, Invertd, Orientationd
+from monai.data import MetaTensor
+from monai.transforms import Compose, Invertd, Orientationd, ResampleToMatch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -63,17 +64,21 @@ def test_real_brains_land_on_the_atlas(recipe, source, contrast):
 
 
 def there_and_back(file):
-    """Brain mask on the atlas grid, overlap with the atlas', and the normalised scan back in its own space, with the
-    brain there.
+    """Brain mask on the atlas grid, overlap with the atlas', and in the scan's own space the brain and a heatmap that
+    says, in voxels of the grid, where on the atlas each voxel lies (three channels).
     """
     transform = chain()
     data = transform({"image": str(file)})
     mask, overlap = data["brain_mask"][0].numpy() > 0, atlas_overlap(data["brain_mask"], load_atlas())
-    data["heatmap"] = data["image"] * 1
-    data = MaskOutsided("heatmap")(data)
-    data = Invertd(["heatmap", "brain_mask"], transform, orig_keys="image", nearest_interp=False)(data)
-    data = FillOutsided("heatmap")(data)
-    return mask, overlap, data["heatmap"], data["brain_mask"]
+    place = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in mask.shape), indexing="ij"))
+    for axis in range(3):
+        data[f"heatmap{axis}"] = MetaTensor(place[axis][None]).copy_meta_from(data["image"])
+    keys = [f"heatmap{axis}" for axis in range(3)]
+    data = MaskOutsided(keys)(data)
+    data = Invertd([*keys, "brain_mask"], transform, orig_keys="image", nearest_interp=False)(data)
+    data = FillOutsided(keys)(data)
+    heatmap = MetaTensor(torch.cat([data[k].as_tensor() for k in keys])).copy_meta_from(data["heatmap0"])
+    return mask, overlap, heatmap, data["brain_mask"]
 
 
 def test_three_contrasts_of_a_raw_head_meet_on_the_atlas():
@@ -108,7 +113,7 @@ def test_the_same_head_lands_in_the_same_place(original, tmp_path, change):
         affine = affine + np.array([[0, 0, 0, 40], [0, 0, 0, -40], [0, 0, 0, 40], [0, 0, 0, 0]])
     else:
         inside = original[1][3].as_tensor()
-        lowest = int(torch.nonzero(_canonical(inside, original)[0].any(0).any(0))[0]) - 4
+        lowest = int(np.nonzero(_canonical(inside)[0].any((0, 1)))[0][0]) - 4
         volume = volume[..., lowest:]
         affine = affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, lowest], [0, 0, 0, 1]])
         undo = lambda v: np.pad(v, [(0, 0), (0, 0), (lowest, 0)])  # noqa: E731
@@ -116,13 +121,35 @@ def test_the_same_head_lands_in_the_same_place(original, tmp_path, change):
     assert dice(mask, found) >= 0.97
     assert changed.shape[1:] == volume.shape
     np.testing.assert_allclose(changed.affine, affine, atol=1e-3)
-    back, expected = undo(changed[0].numpy()), _canonical(heatmap, original)[0].numpy()
-    inside = ndimage.binary_erosion(_canonical(brain, original)[0].numpy() > 0, iterations=2)
-    assert np.corrcoef(back[inside], expected[inside])[0, 1] > 0.9
+    inside = ndimage.binary_erosion(_canonical(brain)[0] > 0, iterations=3)
+    expected = _canonical(heatmap)
+    off_mm = 2 * np.linalg.norm([undo(changed[i].numpy())[inside] - expected[i][inside] for i in range(3)], axis=0)
+    assert np.median(off_mm) < 1.5 and np.quantile(off_mm, 0.99) < 4
 
 
-def _canonical(volume, original):
-    """``[1, X, Y, Z]`` in the file's axes to RAS, as the changes are made there."""
-    file = nib.load(DATA / "ixi_hh_2mm/t1/IXI012-HH-1211_T1.nii.gz")
-    array = nib.as_closest_canonical(nib.Nifti1Image(np.asarray(volume[0], np.float32), file.affine)).get_fdata()
-    return torch.as_tensor(array)[None]
+def _canonical(volume):
+    """``[C, X, Y, Z]`` in the file's axes to RAS, as the changes are made there."""
+    affine = nib.load(DATA / "ixi_hh_2mm/t1/IXI012-HH-1211_T1.nii.gz").affine
+    images = (nib.Nifti1Image(np.asarray(v, np.float32), affine) for v in volume)
+    return np.stack([nib.as_closest_canonical(i).get_fdata() for i in images])
+
+
+def test_registration_beside_ants():
+    """An independent judge, where it is installed (pip install antspyx): ANTs' affine lands no better."""
+    ants = pytest.importorskip("ants")
+    atlas = load_atlas()
+    data = BrainMaskd()(LoadScand("image")({"image": str(DATA / "ljubljana_raw/patient01/FLAIR.nii.gz")}))
+    data = Orientationd(["image", "brain_mask"], axcodes="RAS", labels=None)(data)
+    ours = AlignToAtlasd(["image", "brain_mask"])(data)["brain_mask"]
+    ours = ResampleToMatch(mode="nearest", padding_mode="zeros")(ours, img_dst=atlas.brain_mask)[0].numpy() > 0
+    expected = atlas.brain_mask[0].numpy() > 0
+
+    def to_ants(volume):
+        return ants.from_nibabel(nib.Nifti1Image(volume[0].numpy().astype(np.float32), np.asarray(volume.affine)))
+
+    fixed = to_ants(atlas.template * atlas.brain_mask)
+    found = ants.registration(fixed, to_ants(data["image"] * data["brain_mask"]), type_of_transform="Affine")
+    theirs = ants.apply_transforms(
+        fixed, to_ants(data["brain_mask"]), found["fwdtransforms"], interpolator="nearestNeighbor"
+    )
+    assert dice(ours, expected) > dice(theirs.numpy() > 0.5, expected) - 0.01

@@ -41,6 +41,19 @@ def test_training_leaves_a_flat_model_and_checkpoints(models):
     assert len(list((models / "checkpoints").glob("*.pt"))) == 2
 
 
+def test_landmarks_are_learned_before_a_training_and_used_by_it(cohort, grid_file, models, tmp_path):
+    use = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path)
+    assert "landmarks of 6 scans" in succeed("landmarks", "train", grid_file, *use)
+    content = json.loads((tmp_path / "landmarks_t1.json").read_text())
+    assert content["intensities"][0] == 0 and content["intensities"][-1] == 1
+    succeed("training", "train", grid_file, *use, "--max_epochs", 1)
+    for where, message in ((tmp_path, "trained without these"), (tmp_path / "new", "name a prepared dataset")):
+        data = cohort if where == tmp_path else ""
+        late = run_bundle("landmarks", "train", grid_file, "--dataset_dir", data, "--ckpt_dir", where)
+        assert late.returncode == 2 and message in late.stderr.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
+
+
 def test_training_resumes_and_patches_train_too(models, cohort, grid_file, tmp_path):
     use = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path, "--val_interval", 1)
     (last,) = (models / "checkpoints").glob("*epoch=6.pt")

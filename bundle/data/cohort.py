@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,26 @@ def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | No
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise InputError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: a recipe needs at least 'images'")
     if splits:
         content["splits"] = splits
     unknown = set(content) - {f.name for f in fields(Recipe)}
     if unknown or not isinstance(content.get("images"), dict):
         raise InputError(f"{file}: unknown entries {sorted(unknown)} or no 'images'")
-    if set(content.get("splits", {})) - set(SECTIONS):
-        raise InputError(f"{file}: splits may be {', '.join(SECTIONS)}")
-    return Recipe(**content)
+    recipe = Recipe(**content)
+    for pattern in (p for patterns in recipe.images.values() for p in _patterns(patterns)):
+        if "{subject}" not in str(pattern):
+            raise InputError(f"{file}: pattern '{pattern}' has no {{subject}}")
+    try:
+        re.compile(recipe.person)
+    except re.error as error:
+        raise InputError(f"{file}: person '{recipe.person}' is no regular expression ({error})") from error
+    numbers = [n for n in recipe.splits.values() if n != "rest"]
+    wrong = [n for n in numbers if not isinstance(n, int) or isinstance(n, bool) or n < 0]
+    if set(recipe.splits) - set(SECTIONS) or wrong or len(recipe.splits) - len(numbers) > 1:
+        raise InputError(f"{file}: splits give {', '.join(SECTIONS)} a number of people each, one of them 'rest'")
+    return recipe
 
 
 def _patterns(given: str | list[str] | None) -> list[str]:
@@ -106,10 +119,11 @@ def _matches(patterns: str | list[str] | None, paths: list[str], **known: str | 
 
 def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
     """Scans of a cohort: dictionaries with ``subject`` (with its session, if there is one), ``person``, ``contrast``,
-    ``image`` and, where they exist, ``brain_mask`` and ``label`` (paths), sorted by subject.
+    ``image`` and, where they exist, ``brain_mask`` and ``label`` (paths), sorted by subject. Where more than one file
+    is found where one belongs, ``problem`` tells it.
 
     Raises:
-        InputError: nothing matches, or more than one file where one belongs.
+        InputError: nothing matches.
     """
     source = Path(source_dir)
     paths = [f.relative_to(source).as_posix() + "/" * f.is_dir() for f in sorted(source.rglob("*"))]
@@ -120,14 +134,16 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
             subject, session, path = match["subject"], match.groupdict().get("session"), match[0]
             name = f"{subject}_{session}" if session else subject
             if (name, contrast) in scans:
-                raise InputError(f"{source / path}: a second {contrast} scan of {name}; tell them apart in the recipe")
+                other = f"there is a second {contrast} scan of {name}, {source / path}; tell them apart in the recipe"
+                scans[name, contrast]["problem"] = other
+                continue
             person = (re.search(recipe.person, subject) or [subject])[0]
             scan = {"subject": name, "person": person, "contrast": contrast, "image": str(source / path)}
             for key in ("brain_mask", "label"):
                 found = [m[0] for m in _matches(getattr(recipe, key), paths, subject=subject, session=session)]
                 if len(found) > 1:
-                    raise InputError(f"{source / found[0]}: one of {len(found)} files for '{key}' of {name}")
-                if found:
+                    scan["problem"] = f"{len(found)} files match its '{key}', {source / found[0]} is one; which?"
+                elif found:
                     scan[key] = str(source / found[0])
             scans[name, contrast] = scan
     if not scans:
@@ -186,14 +202,14 @@ class Preparation:
         """Run one scan through the chain, save it, and return its item for ``datalist.json``.
 
         The item also tells ``atlas_overlap``: Dice of its brain mask and the atlas' on the grid, 1 is perfect.
-        The record is written last: where it exists, the scan is done and not touched again.
+        The record is written last: where it and the files exist, the scan is done and not touched again.
         """
         name = f"{scan['subject']}_{scan['contrast']}"
         record, made_from = self.dataset_dir / "records" / f"{name}.json", self._made_from(scan)
-        if record.is_file():
-            done = read_json(record, "record of a prepared scan")
-            if done["made_from"] == made_from:
-                return done["item"]
+        done = _read_record(record)
+        files = [self.dataset_dir / done["item"][key] for key in VOLUME_KEYS if key in done.get("item", {})]
+        if done.get("made_from") == made_from and all(f.is_file() for f in files):
+            return done["item"]
         data = self.preprocessing({key: scan[key] for key in VOLUME_KEYS if key in scan})
         atlas = load_atlas(self.atlas)
         overlap = atlas_overlap(data["brain_mask"], atlas)
@@ -203,7 +219,7 @@ class Preparation:
             for key, file in item.items():
                 volume = data[key][0].numpy()
                 if key != "image":
-                    volume = volume.astype(np.uint8 if volume.max() < 256 else np.int32)
+                    volume = np.rint(volume).astype(np.uint8 if volume.max() < 256 else np.int32)
                 write_volume(self.dataset_dir / file, volume, data[key].affine)
             if self.draw_alignment:
                 expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(
@@ -218,6 +234,15 @@ class Preparation:
         item.update(subject=scan["subject"], contrast=scan["contrast"], atlas_overlap=round(overlap, 4))
         write_json(record, {"item": item, "made_from": made_from})
         return item
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """A scan's record; empty if there is none that can be read: the scan is prepared again then."""
+    try:
+        record = read_json(file, "record of a prepared scan")
+    except InputError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 _prepare: Callable = dict  # of the worker process
@@ -273,20 +298,25 @@ def prepare_cohort(
     if not Path(source_dir).is_dir():
         raise InputError(f"{source_dir}: not a folder; --source_dir needs the cohort as it was downloaded")
     folder = Path(dataset_dir)
+    if folder.resolve().is_relative_to(Path(source_dir).resolve()):
+        raise InputError(f"{dataset_dir}: lies in the source folder {source_dir}; choose a folder elsewhere")
     scans = find_scans(recipe, source_dir)
     section = split_people(recipe, (s["person"] for s in scans), seed)
     scans = [s for s in scans if s["person"] in section]
     settings = {**(settings or {}), "alignment": recipe.alignment, "close_mm": recipe.close_mm}
     prepare = Preparation(folder, preprocessing, settings, draw_alignment, atlas)
     datalist: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
-    failures: list[str] = []
+    failures = [f"{s['image']}: {s['problem']}" for s in scans if "problem" in s]
     with ProcessPoolExecutor(
         max(1, num_workers), multiprocessing.get_context("spawn"), _set_up_worker, (prepare,)
     ) as pool:
-        futures = {pool.submit(_work, scan): scan for scan in scans}
+        futures = {pool.submit(_work, scan): scan for scan in scans if "problem" not in scan}
         for future in tqdm(as_completed(futures), total=len(futures), desc="preparing", unit="scan", file=sys.stdout):
             scan = futures[future]
-            item, failure = future.result()
+            try:
+                item, failure = future.result()
+            except BrokenProcessPool:
+                item, failure = None, "its process was killed (out of memory?); run again with --num_workers 1"
             if item is None:
                 failures.append(f"{scan['image']}: {failure}")
                 continue

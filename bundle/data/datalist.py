@@ -122,10 +122,9 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if hidden or not file.is_file():
             continue
-        if file.parent in series or is_dicom(file):
-            series[file.parent] = None
-            continue
         if not is_nifti(file):
+            if file.parent not in series and is_dicom(file):
+                series[file.parent] = None
             continue
         base = str(file.with_name(stem(file)))
         if base in files:

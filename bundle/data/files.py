@@ -88,6 +88,7 @@ def write_volume(path: str | Path, volume: Any, affine: Any, header: nib.Nifti1H
     image = nib.Nifti1Image(array, np.asarray(affine, float), header)
     image.set_data_dtype(array.dtype)
     image.header.set_slope_inter(1, 0)
+    image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's window is not that of its heatmap
     if header is None:
         image.header.set_xyzt_units("mm")
     with atomic_path(path) as temporary:

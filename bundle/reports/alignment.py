@@ -51,8 +51,10 @@ def draw_alignment(
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def draw_contact_sheet(sheets: Sequence[Path], path: str | Path, columns: int = 4, width: int = 480) -> None:
-    """Tile pictures of one shape into one PNG, row by row, each ``width`` pixels wide.
+def draw_contact_sheet(
+    sheets: Sequence[Path], path: str | Path, columns: int = 4, width: int = 480, most: int = 200
+) -> None:
+    """Tile the first ``most`` of some pictures of one shape into one PNG, row by row, each ``width`` pixels wide.
 
     Args:
         sheets: PNG files, as `draw_alignment` writes them.
@@ -60,7 +62,7 @@ def draw_contact_sheet(sheets: Sequence[Path], path: str | Path, columns: int = 
         columns, width: of the tiles.
     """
     tiles = []
-    for file in sheets:
+    for file in sheets[:most]:
         with Image.open(file) as sheet:
             tiles.append(sheet.convert("RGB").resize((width, round(sheet.height * width / sheet.width))))
     if not tiles:

@@ -16,6 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from monai.transforms import MedianSmooth
@@ -267,7 +268,7 @@ def load_calibration(path: str | Path, model_file: str | Path, grid: Mapping[str
     Args:
         path: the JSON file.
         model_file: the model that is going to be used.
-        grid: ``spacing``, ``spatial_size`` and ``center`` that are going to be used; None: not checked.
+        grid: ``spacing``, ``spatial_size``, ``center`` and ``stride`` that are going to be used; None: not checked.
 
     Raises:
         InputError: missing or damaged, made with another model or for another grid.
@@ -283,7 +284,7 @@ def load_calibration(path: str | Path, model_file: str | Path, grid: Mapping[str
         if grid is not None and about["grid"] != dict(grid):
             raise InputError(
                 f"{path}: made on another grid ({about['grid']}) than is configured ({dict(grid)}); "
-                "merge the config of the grid that the model was trained on"
+                "merge the config of the grid that the model was trained on, with the calibration's --stride"
             )
         maps: Any = nib.load(Path(path).with_suffix(".nii.gz"))
         stored = np.asanyarray(maps.dataobj).astype(np.float32)
@@ -328,7 +329,7 @@ class FitCalibration:
     Args:
         path: of the calibration (JSON).
         model_file: the model that the evaluator runs; its hash is stored.
-        grid: ``spacing``, ``spatial_size`` and ``center``; stored, and compared when the calibration is used.
+        grid: ``spacing``, ``spatial_size``, ``center``, ``stride``; stored, and compared when the calibration is used.
         contrast, smoothing_mm, median_radius: see `fit_calibration`.
     """
 
@@ -359,6 +360,8 @@ class FitCalibration:
         print(f"calibration: {len(self.images)} healthy scans", flush=True)
 
     def finish(self, engine: Engine) -> None:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise InputError("a calibration is fitted by one process: leave out the multi_gpu config")
         calibration = fit_calibration(
             self.channels,
             self.images,

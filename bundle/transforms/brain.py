@@ -84,7 +84,8 @@ class BrainMaskd(MapTransform):
     """Make sure that there is a brain mask: the one given with the scan, the scan's own outline if it is stripped
     already, or a computed one.
 
-    Leaves in ``mask_key`` a float ``[1, X, Y, Z]`` of 0 and 1 on the scan's grid.
+    Leaves in ``mask_key`` a float ``[1, X, Y, Z]`` of 0 and 1 on the scan's grid, and 0 where the scan is not finite
+    outside the brain.
 
     Args:
         keys: the scan (one key), RAS.
@@ -95,7 +96,7 @@ class BrainMaskd(MapTransform):
         device: of the stripping network.
 
     Raises:
-        InputError: an empty mask; a head that cannot be stripped.
+        InputError: an empty mask; a head that cannot be stripped; brain voxels that are not finite.
     """
 
     def __init__(
@@ -116,6 +117,9 @@ class BrainMaskd(MapTransform):
         d = dict(data)
         image = d[self.keys[0]]
         name = image.meta.get("filename_or_obj", "scan")
+        finite = image.as_tensor().isfinite()
+        if not finite.all():  # some programs write NaN around the brain
+            image = MetaTensor(torch.where(finite, image.as_tensor(), 0.0)).copy_meta_from(image)
         if self.mask_key in d:
             mask = self._given(d[self.mask_key], image)
             problem = f"{d[self.mask_key].meta.get('filename_or_obj', name)}: empty on the grid of {name}"
@@ -126,6 +130,10 @@ class BrainMaskd(MapTransform):
             mask, problem = self._computed(image, name), ""
         if not mask.any():
             raise InputError(f"{problem}; give its brain mask with --brain_mask FILE")
+        lost = int(((mask > 0) & ~finite).sum())
+        if lost:
+            raise InputError(f"{name}: {lost} brain voxels are not finite; repair the scan")
+        d[self.keys[0]] = image
         # the mask moves with the scan from here on: same affine, same history
         d[self.mask_key] = MetaTensor(mask).copy_meta_from(image)
         return d

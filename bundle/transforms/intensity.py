@@ -122,7 +122,16 @@ def learn_landmarks(
         dataset: its ``image`` is normalised by `NormalizeBrainIntensityd` without landmarks, 0 outside the brain.
         path: of the JSON file.
         percents: rising, in [0, 100].
+
+    Raises:
+        InputError: no scans, or a model beside ``path``, which would see other intensities than it was trained on.
     """
+    if len(dataset) == 0:
+        raise InputError("no scans to learn landmarks from: name a prepared dataset with --dataset_dir")
+    if Path(path).with_name("model.pt").exists():
+        raise InputError(
+            f"{Path(path).with_name('model.pt')}: was trained without these landmarks; choose another --ckpt_dir"
+        )
     found = []
     for volume in (dataset[i]["image"] for i in range(len(dataset))):
         own = np.percentile(volume[volume > 0].cpu().numpy(), percents)

@@ -16,6 +16,9 @@ from monai.transforms import LoadImage, MapTransform
 from bundle.data.atlas import from_sitk
 from bundle.errors import InputError
 
+# fewer slices cannot be registered, and a single one would be taken for a column through the whole head
+_FEWEST_VOXELS = 4
+
 
 class LoadScand(MapTransform):
     """Load NIfTI files, or folders with one DICOM series each, as ``[1, X, Y, Z]`` (`MetaTensor`, float32, voxels as
@@ -37,7 +40,10 @@ class LoadScand(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            d[key] = read_dicom(str(d[key])) if Path(d[key]).is_dir() else self._read(str(d[key]))
+            file = str(d[key])
+            d[key] = read_dicom(file) if Path(file).is_dir() else self._read(file)
+            if min(d[key].shape[1:]) < _FEWEST_VOXELS:
+                raise InputError(f"{file}: has {'x'.join(map(str, d[key].shape[1:]))} voxels; a scan has more slices")
         return d
 
     def _read(self, file: str) -> MetaTensor:

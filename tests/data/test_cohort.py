@@ -20,6 +20,18 @@ def test_unknown_recipes_and_entries_are_named(tmp_path):
         load_recipe(tmp_path, "yours")
     with pytest.raises(InputError, match=r"unknown entries \['image'\]"):
         load_recipe(tmp_path, "mine")
+    wrong = {
+        "": "needs at least 'images'",
+        "images: {t1: a.nii}": "no {subject}",
+        "images: {t1: '{subject}.nii'}\nperson: '('": "no regular expression",
+        "images: {t1: '{subject}.nii'}\nsplits: {test: '5'}": "a number of people",
+        "images: {t1: '{subject}.nii'}\nsplits: {test: rest, training: rest}": "one of them 'rest'",
+        "images: [": "not YAML",
+    }
+    for content, message in wrong.items():
+        (tmp_path / "mine.yaml").write_text(content)
+        with pytest.raises(InputError, match=message):
+            load_recipe(tmp_path, "mine")
 
 
 def touch(folder, *names):
@@ -40,11 +52,11 @@ def test_scans_are_found_with_their_companions(tmp_path):
     touch(tmp_path, "mask/s1_v2.nii.gz")
     (scan,) = find_scans(Recipe({"t1": "t1/{subject}_T1.nii.gz"}, label="mask/{subject}_*.nii.gz"), tmp_path)[:1]
     assert scan["label"].endswith("s1_v2.nii.gz")
-    with pytest.raises(InputError, match="one of 2 files for 'brain_mask' of s1"):
-        find_scans(Recipe({"t1": "t1/{subject}_T1.nii.gz"}, brain_mask="mask/{subject}*.nii.gz"), tmp_path)
+    ambiguous = find_scans(Recipe({"t1": "t1/{subject}_T1.nii.gz"}, brain_mask="mask/{subject}*.nii.gz"), tmp_path)
+    assert "2 files match its 'brain_mask'" in ambiguous[0]["problem"] and "problem" not in ambiguous[1]
     touch(tmp_path, "t1/s1_T1w.nii.gz")
-    with pytest.raises(InputError, match="a second t1 scan of s1"):
-        find_scans(Recipe({"t1": "t1/{subject}_T1*.nii.gz"}), tmp_path)
+    twice = find_scans(Recipe({"t1": "t1/{subject}_T1*.nii.gz"}), tmp_path)
+    assert "a second t1 scan of s1" in twice[0]["problem"] and "problem" not in twice[1]
 
 
 MNI = "space-MNI152NLin2009aSym"
@@ -58,8 +70,11 @@ LAYOUTS = {
         {("BraTS2021_00000", c): True for c in ("t1", "t2", "flair")},
     ),
     "mslub": (
-        [f"patient01/raw/{k}.nii.gz" for k in ("T1W", "T1WKS", "T2W", "FLAIR", "consensus_gt", "brainmask")],
-        {("patient01", c): True for c in ("t1", "t2", "flair")},
+        [f"patient01/patient01_{k}.nii.gz" for k in ("T1W", "T1WKS", "T2W", "FLAIR", "consensus_gt", "brainmask")]
+        + [f"patient01/raw/patient01_{k}.nii.gz" for k in ("T1W", "T2W", "FLAIR")]
+        + [f"cross_sectional/coregistered/patient02/{k}.nii.gz" for k in ("T1W", "consensus_gt", "brainmask")]
+        + ["cross_sectional/raw/patient02/T1W.nii.gz"],
+        {**{("patient01", c): True for c in ("t1", "t2", "flair")}, ("patient02", "t1"): True},
     ),
     "atlas_v2": (
         [
@@ -147,5 +162,8 @@ def test_preparation_through_the_runner(tmp_path, grid_file):
 
 
 def test_nothing_to_prepare_is_said(tmp_path):
+    (tmp_path / "in").mkdir()
     with pytest.raises(InputError, match="nothing matches"):
+        prepare_cohort(Recipe({"t1": "{subject}.nii"}), tmp_path / "in", tmp_path / "out", lambda x: x)
+    with pytest.raises(InputError, match="lies in the source folder"):
         prepare_cohort(Recipe({"t1": "{subject}.nii"}), tmp_path, tmp_path / "out", lambda x: x)

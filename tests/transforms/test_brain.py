@@ -117,6 +117,18 @@ def test_hd_bet_is_used_where_it_is_installed(whole_head, monkeypatch):
         BrainMaskd(method="bet")
 
 
+def test_what_is_no_number_is_background_outside_and_refused_inside():
+    scan = head()
+    scan[scan == 0] = np.nan
+    out = BrainMaskd()({"image": meta(scan, AFFINE)})
+    np.testing.assert_array_equal(out["brain_mask"][0], scan > 0)
+    assert (out["image"].as_tensor()[out["brain_mask"] == 0] == 0).all()
+    scan[24, 26, 22] = np.inf
+    mask = meta(ellipsoid(scan.shape, (18, 22, 17)), AFFINE)
+    with pytest.raises(InputError, match="1 brain voxels are not finite"):
+        BrainMaskd()({"image": meta(scan, AFFINE), "brain_mask": mask})
+
+
 def test_empty_mask_is_refused():
     with pytest.raises(InputError, match="empty"):
         BrainMaskd()({"image": meta(head(), AFFINE), "brain_mask": meta(np.zeros((48, 52, 44)), AFFINE)})
