@@ -18,6 +18,7 @@ from bundle.data.files import nifti_header, share, write_text, write_volume
 from bundle.errors import InputError
 from bundle.parallel import gather, is_main
 from bundle.scoring import FindLesionsd
+from bundle.transforms.brain import mask_volume_ml
 
 from .figure import HEAT_RANGE, draw_report
 
@@ -90,9 +91,8 @@ class SaveFindings:
         volumes = {k: np.asarray(output[k][0]) for k in ("heatmap", "lesion", "heatmap_atlas", "lesion_atlas")}
         found = volumes["lesion"] > 0
         brain = np.asarray(output["brain_mask"][0]) > 0
-        voxel_ml = abs(float(np.linalg.det(np.asarray(heatmap.affine, float)[:3, :3]))) / 1000
         row = {
-            "lesion_volume_ml": f"{found.sum() * voxel_ml:.2f}",
+            "lesion_volume_ml": f"{mask_volume_ml(found, heatmap):.2f}",
             "lesions": int(ndimage.label(found, np.ones((3, 3, 3)))[1]),
             "max_score": f"{volumes['heatmap'][brain].max():.3f}",
             "mean_score": f"{volumes['heatmap'][brain].mean():.3f}",

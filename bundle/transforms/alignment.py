@@ -43,7 +43,11 @@ def _optimise(
     iterations: int,
     seed: int,
 ) -> float:
-    """Improve ``transform`` (atlas to scan) in place, from coarse to fine; returns the metric, lower is better."""
+    """Improve ``transform`` (atlas to scan) in place, from coarse to fine; returns the metric, lower is better.
+
+    Raises:
+        InputError: ITK found no overlap or no optimum.
+    """
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(32)
     method.SetMetricFixedMask(fixed_mask)
@@ -56,7 +60,10 @@ def _optimise(
     method.SetSmoothingSigmasPerLevel([mm / 2 for mm in levels_mm])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetInitialTransform(transform, inPlace=True)
-    method.Execute(fixed, moving)
+    try:
+        method.Execute(fixed, moving)
+    except RuntimeError as error:
+        raise InputError(f"alignment to the atlas failed: {str(error).strip().splitlines()[-1]}") from error
     return method.GetMetricValue()
 
 
@@ -88,7 +95,7 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
     rim = [max(1, round(9.0 / s)) for s in fixed.GetSpacing()]
     fixed_mask = sitk.BinaryDilate(fixed_mask, rim)
     fitted: list[tuple[float, sitk.Similarity3DTransform]] = []
-    problem = "no overlap"
+    problem: InputError | None = None
     for rotation in _STARTS:
         turned = sitk.Euler3DTransform(center.tolist(), *rotation.tolist(), shift.tolist())
         start = sitk.Similarity3DTransform()
@@ -97,19 +104,16 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
         start.SetTranslation(shift.tolist())
         try:
             fitted.append((_optimise(fixed, fixed_mask, coarse, start, [8.0], [1.0], 40, seed), start))
-        except RuntimeError as error:
-            problem = str(error).strip().splitlines()[-1]
-    if not fitted:
-        raise InputError(f"alignment to the atlas failed: {problem}")
+        except InputError as error:  # one start may fall off the brain; all of them may not
+            problem = error
+    if problem and not fitted:
+        raise problem
     best = min(fitted, key=lambda f: f[0])[1]
     found = sitk.AffineTransform(3)
     found.SetCenter(best.GetCenter())
     found.SetMatrix(best.GetMatrix())
     found.SetTranslation(best.GetTranslation())
-    try:
-        _optimise(fixed, fixed_mask, fine, found, [8.0, 4.0, 2.0], [0.5, 0.3, 0.2], 150, seed)
-    except RuntimeError as error:
-        raise InputError(f"alignment to the atlas failed: {str(error).strip().splitlines()[-1]}") from error
+    _optimise(fixed, fixed_mask, fine, found, [8.0, 4.0, 2.0], [0.5, 0.3, 0.2], 150, seed)
     atlas_to_scan = np.eye(4)
     matrix, c = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
     atlas_to_scan[:3, :3], atlas_to_scan[:3, 3] = matrix, np.array(found.GetTranslation()) + c - matrix @ c

@@ -197,8 +197,8 @@ class CorrectBiasFieldd(MapTransform):
             except RuntimeError as error:
                 name = d[key].meta.get("filename_or_obj", key)
                 raise InputError(f"{name}: bias-field correction failed; --bias_field none leaves it out") from error
-            field = sitk.GetArrayFromImage(correct.GetLogBiasFieldAsImage(image)).T
-            corrected = d[key].as_tensor() / torch.as_tensor(np.exp(field))[None].to(values)
+            log_field = from_sitk(correct.GetLogBiasFieldAsImage(image)).as_tensor()
+            corrected = d[key].as_tensor() / log_field.exp().to(values)
             d[key] = MetaTensor(corrected).copy_meta_from(d[key])
         return d
 
