@@ -1,4 +1,4 @@
-from .inferer import PatchLocationInferer
+from .inferer import AutocastInferer, PatchLocationInferer
 from .scans import ScanDataset, ScanEvaluator
 
-__all__ = ["PatchLocationInferer", "ScanDataset", "ScanEvaluator"]
+__all__ = ["AutocastInferer", "PatchLocationInferer", "ScanDataset", "ScanEvaluator"]

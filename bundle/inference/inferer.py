@@ -7,11 +7,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.inferers import Inferer
+from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_dst_type
 
 from bundle.scoring import anomaly_channels, fill_outside
 from bundle.transforms.sampling import patch_centers, slice_position
+
+
+class AutocastInferer(SimpleInferer):
+    """`SimpleInferer` in bfloat16 autocast, on whatever device the inputs are: MONAI's trainers know it on CUDA only,
+    and scale the loss there, which bfloat16 does not need.
+
+    Args:
+        enabled: False runs as `SimpleInferer` does.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        super().__init__()
+        self.enabled = enabled
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
+            return super().__call__(inputs, network, *args, **kwargs)
 
 
 class PatchLocationInferer(Inferer):

@@ -53,7 +53,8 @@ class FindBrainSlicesd(MapTransform):
 class AxialSlicesd(MapTransform):
     """Take axial slices, evenly spread over those that hold brain: one dictionary per slice.
 
-    Each holds ``image`` ``[2, H, W]``: the intensity, and a plane filled with the slice position.
+    Each holds ``image`` ``[1, H, W]``, the intensity, and ``slice_position`` ``[1, H, W]``, a plane filled with it. The
+    network wants both as one image of two channels (`ConcatItemsd`); what changes intensities comes before.
 
     Args:
         keys: the volume ``[1, H, W, D]``, with ``brain_slices`` beside it (`FindBrainSlicesd`).
@@ -75,7 +76,7 @@ class AxialSlicesd(MapTransform):
         for k in self.choose(data["brain_slices"]).tolist():
             image = volume[:, :, :, k]
             plane = torch.full_like(image, slice_position(k, volume.shape[-1]))
-            slices.append({self.keys[0]: torch.cat([image, plane])})
+            slices.append({self.keys[0]: image, "slice_position": plane})
         return slices
 
 
