@@ -40,7 +40,8 @@ class Recipe:
 
     Attributes:
         images: contrast -> pattern, or a list.
-        brain_mask, label: patterns, or lists; optional.
+        brain_mask, label, anatomy_label: patterns, or lists; optional. The last is a label map of healthy anatomy, from
+            which other contrasts are made (`bundle.synthesis`).
         close_mm: radius by which the mask is closed (for label maps of tissue), mm.
         alignment: "affine" or "none" (already in atlas space).
         ignored_labels: values of the label that are neither lesion nor healthy: left out when methods are scored.
@@ -52,6 +53,7 @@ class Recipe:
     images: dict[str, str | list[str]]
     brain_mask: str | list[str] | None = None
     label: str | list[str] | None = None
+    anatomy_label: str | list[str] | None = None
     close_mm: float = 0.0
     alignment: str = "affine"
     ignored_labels: list[int] = field(default_factory=list)
@@ -119,7 +121,7 @@ def _matches(patterns: str | list[str] | None, paths: list[str], **known: str | 
 
 def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
     """Scans of a cohort: dictionaries with ``subject`` (with its session, if there is one), ``person``, ``contrast``,
-    ``image`` and, where they exist, ``brain_mask`` and ``label`` (paths), sorted by subject. Where more than one file
+    ``image`` and, where they exist, ``brain_mask``, ``label`` and ``anatomy_label`` (paths), sorted by subject. Where more than one file
     is found where one belongs, ``problem`` tells it.
 
     Raises:
@@ -139,7 +141,7 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
                 continue
             person = (re.search(recipe.person, subject) or [subject])[0]
             scan = {"subject": name, "person": person, "contrast": contrast, "image": str(source / path)}
-            for key in ("brain_mask", "label"):
+            for key in VOLUME_KEYS[1:]:
                 found = [m[0] for m in _matches(getattr(recipe, key), paths, subject=subject, session=session)]
                 if len(found) > 1:
                     scan["problem"] = f"{len(found)} files match its '{key}', {source / found[0]} is one; which?"
@@ -181,7 +183,7 @@ class Preparation:
 
     Attributes:
         dataset_dir: where the results go.
-        preprocessing: the chain, from files to ``image``, ``brain_mask``, ``label`` and, for the quality sheet,
+        preprocessing: the chain, from files to ``image``, ``brain_mask``, the label maps and, for the quality sheet,
             ``head`` (with its skull) on the grid.
         settings: what the chain was made from; a scan prepared with others, or from another file, is done again.
         draw_alignment: draws the quality sheet of a scan, see `bundle.reports.draw_alignment`; None draws none.

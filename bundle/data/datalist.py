@@ -10,7 +10,7 @@ from bundle.errors import InputError
 
 from .files import is_dicom, is_nifti, read_json, stem
 
-VOLUME_KEYS = ("image", "brain_mask", "label")
+VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
 COMPANIONS = {"_brain_mask": "brain_mask", "_mask": "brain_mask", "_lesion": "label", "_seg": "label"}
 

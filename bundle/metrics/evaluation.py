@@ -51,7 +51,7 @@ class BaselineMapsd(MapTransform):
                 heatmap = (image > 0).float()
                 threshold = 0.5
             else:
-                heatmap = calibration.heatmap(name, channels, image)
+                heatmap = calibration.score(name, channels, image)
                 threshold = calibration.threshold(name, self.quantile)
             d[f"heatmap_{name}"] = MetaTensor(heatmap).copy_meta_from(d[self.image_key])
             d[f"lesion_{name}"] = MetaTensor((heatmap > threshold).float()).copy_meta_from(d[self.image_key])

@@ -1,4 +1,4 @@
-from .anomaly import anomaly_channels, fill_outside
+from .anomaly import anomaly_channels, fill_outside, smooth_inside
 from .calibration import (
     INTENSITY_SCORES,
     LESION_SIGN,
@@ -28,4 +28,5 @@ __all__ = [
     "load_calibration",
     "require_model",
     "save_calibration",
+    "smooth_inside",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from monai.networks.layers import GaussianFilter
 
 # Floor of the squared error before its logarithm: a thousandth of the slice, 0.2 mm; finer differences are noise.
 SQUARED_ERROR_FLOOR = 1e-6
@@ -24,6 +25,23 @@ def anomaly_channels(pred: torch.Tensor, location: torch.Tensor) -> torch.Tensor
     squared_error = ((pred[:, :2] - location) ** 2).sum(1, keepdim=True)
     log_variance = torch.logsumexp(pred[:, 2:], 1, keepdim=True)
     return torch.cat([squared_error.clamp(min=SQUARED_ERROR_FLOOR).log(), log_variance], 1)
+
+
+def smooth_inside(volumes: torch.Tensor, inside: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian mean over the brain voxels around each voxel; what lies outside has no weight.
+
+    A lesion changes every patch that it lies in, and what single patches add by chance averages out.
+
+    Args:
+        volumes: ``[C, H, W, D]``.
+        inside: ``[1, H, W, D]`` bool.
+        sigma: voxels; 0 changes nothing.
+    """
+    if sigma == 0:
+        return volumes
+    weight = inside.to(volumes)
+    total = GaussianFilter(3, sigma)(torch.cat([volumes * weight, weight])[:, None])[:, 0]
+    return torch.where(inside, total[:-1] / total[-1:].clamp(min=1e-6), volumes)
 
 
 def fill_outside(scores: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

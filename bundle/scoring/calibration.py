@@ -19,17 +19,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
-from monai.transforms import MedianSmooth
 from scipy import ndimage
 
 from bundle.data.files import read_json, write_json, write_volume
 from bundle.errors import InputError
 
-from .anomaly import fill_outside
+from .anomaly import fill_outside, smooth_inside
 
 # sign of the intensity change that most lesions show
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
-# maps that are calibrated; "location" is the paper's score, the sum of the two channels
+# maps that are calibrated; "location" is the sum of the two channels, each calibrated
 MAPS = ("squared_error", "variance", "location", "intensity")
 # scores that need no network: the trivial methods that every table must show, judged without any filter
 INTENSITY_SCORES = ("atlas_z", "intensity")
@@ -37,13 +36,6 @@ INTENSITY_SCORES = ("atlas_z", "intensity")
 SCORES = ("location", "squared_error", "variance", "uncalibrated", *INTENSITY_SCORES)
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 _MAP_SPACING = 2.0
-
-
-def raw_map(name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """The uncalibrated map ``name`` of `MAPS`, ``[1, H, W, D]``, from anomaly channels ``[2, H, W, D]`` and image."""
-    if name == "intensity":
-        return image
-    return {"squared_error": channels[:1], "variance": channels[1:], "location": channels.sum(0, keepdim=True)}[name]
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ class Calibration:
         mean, spread: name in `MAPS` -> ``[1, h, w, d]``; may be coarser than the grid, of the same extent.
         quantiles: name in `SCORES` -> {quantile as text: score}, over the brain voxels of healthy scans that were
             left out of the maps.
-        median_radius: of the median filter that heatmaps pass before they are compared with the threshold, voxels.
+        filter_sigma: of the Gaussian that the anomaly channels pass first (`smooth_inside`), voxels of the grid.
         provenance: number of subjects, hash of the model, grid.
     """
 
@@ -63,7 +55,7 @@ class Calibration:
     mean: Mapping[str, torch.Tensor]
     spread: Mapping[str, torch.Tensor]
     quantiles: Mapping[str, Mapping[str, float]]
-    median_radius: int
+    filter_sigma: float
     provenance: Mapping[str, Any]
 
     def standardise(self, name: str, volume: torch.Tensor) -> torch.Tensor:
@@ -78,26 +70,26 @@ class Calibration:
         """Score map ``[1, H, W, D]``, larger is more abnormal; outside the brain the lowest score inside.
 
         Args:
-            name: "location" (calibrated sum of both channels), "squared_error" or "variance" (one calibrated
-                channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (calibrated intensity, signed so that
-                lesions are high), "intensity" (signed).
+            name: "location" (the sum of both channels, each calibrated, calibrated again), "squared_error" or
+                "variance" (one calibrated channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (calibrated
+                intensity, signed so that lesions are high), "intensity" (signed). All but the last two are filtered;
+                the calibrated ones of them are brought to the scan's own usual level, see `within_scan`.
             channels: anomaly channels ``[2, H, W, D]``.
             image: normalised intensities ``[1, H, W, D]``, 0 outside the brain.
         """
+        inside = image > 0
         if name in INTENSITY_SCORES:
             score = (self.standardise("intensity", image) if name == "atlas_z" else image) * LESION_SIGN[self.contrast]
-        elif name == "uncalibrated":
-            score = raw_map("location", channels, image)
+            return fill_outside(score, inside)
+        error, variance = smooth_inside(channels, inside, self.filter_sigma).split(1)
+        if name == "uncalibrated":
+            return fill_outside(error + variance, inside)
+        error, variance = self.standardise("squared_error", error), self.standardise("variance", variance)
+        if name == "location":
+            score = self.standardise("location", error + variance)
         else:
-            score = self.standardise(name, raw_map(name, channels, image))
-        return fill_outside(score, image > 0)
-
-    def heatmap(self, name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-        """`score`, median-filtered unless it is one of `INTENSITY_SCORES`; outside, the lowest score inside."""
-        score = self.score(name, channels, image)
-        if name in INTENSITY_SCORES or self.median_radius == 0:
-            return score
-        return fill_outside(torch.as_tensor(MedianSmooth(self.median_radius)(score)), image > 0)
+            score = {"squared_error": error, "variance": variance}[name]
+        return fill_outside(within_scan(score, inside), inside)
 
     def threshold(self, name: str, quantile: float) -> float:
         """Score that ``quantile`` of healthy brain voxels do not exceed.
@@ -110,6 +102,21 @@ class Calibration:
         except KeyError as error:
             stored = ", ".join(self.quantiles.get(name, {})) or f"none for '{name}'"
             raise InputError(f"no threshold of score '{name}' at quantile {quantile}: stored are {stored}") from error
+
+
+def within_scan(score: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Take off the scan's own median and, where its scores spread more than healthy ones do, divide by their spread
+    (1.4826 times the median absolute deviation).
+
+    Another scanner makes all patches a little harder to place. Lesions fill a small part of a brain and leave median
+    and spread alone; a scan of the calibrated kind has 0 and 1 already.
+
+    Args:
+        score: calibrated, ``[1, H, W, D]``.
+        inside: ``[1, H, W, D]`` bool.
+    """
+    centred = score - score[inside].median()
+    return centred / (1.4826 * centred[inside].abs().median()).clamp(min=1.0)
 
 
 def _median(stack: torch.Tensor) -> torch.Tensor:
@@ -162,7 +169,7 @@ def fit_calibration(
     contrast: str,
     spacing: float,
     smoothing_mm: float = 4.0,
-    median_radius: int = 1,
+    filter_mm: float = 3.0,
     provenance: Mapping[str, Any] | None = None,
 ) -> Calibration:
     """Fit maps and quantiles to healthy scans.
@@ -176,7 +183,8 @@ def fit_calibration(
         contrast: one of `LESION_SIGN`.
         spacing: of the grid, mm; maps are kept at 2 mm where that is coarser.
         smoothing_mm: sigma of the Gaussian over the maps.
-        median_radius, provenance: see `Calibration`.
+        filter_mm: sigma of the Gaussian over the anomaly channels of each scan.
+        provenance: see `Calibration`.
 
     Raises:
         InputError: fewer than three scans, or an unknown contrast.
@@ -186,29 +194,36 @@ def fit_calibration(
     if contrast not in LESION_SIGN:
         raise InputError(f"contrast '{contrast}' is unknown: use one of {', '.join(LESION_SIGN)}")
     factor = max(1, round(_MAP_SPACING / spacing))
-    maps = {
-        name: torch.stack([_coarsen(raw_map(name, c, i), i > 0, factor) for c, i in zip(channels, images)])
-        for name in MAPS
-    }
+    sigma, filter_sigma = smoothing_mm / (spacing * factor), filter_mm / spacing
+    raw: dict[str, torch.Tensor] = {}
+    smooth = [smooth_inside(c, i > 0, filter_sigma) for c, i in zip(channels, images)]
+    for name, volumes in (
+        ("squared_error", [c[:1] for c in smooth]),
+        ("variance", [c[1:] for c in smooth]),
+        ("intensity", images),
+    ):
+        raw[name] = torch.stack([_coarsen(v, i > 0, factor) for v, i in zip(volumes, images)])
 
     def fit(rows: list[int]) -> Calibration:
-        fitted = {n: population_maps(m[rows], smoothing_mm / (spacing * factor)) for n, m in maps.items()}
-        mean, spread = ({n: f[k] for n, f in fitted.items()} for k in (0, 1))
-        return Calibration(contrast, mean, spread, {}, median_radius, {})
+        fitted = {name: population_maps(values[rows], sigma) for name, values in raw.items()}
+        both = sum((raw[n][rows] - fitted[n][0]) / fitted[n][1] for n in ("squared_error", "variance"))
+        fitted["location"] = population_maps(torch.as_tensor(both), sigma)
+        mean, spread = ({n: fitted[n][k] for n in MAPS} for k in (0, 1))
+        return Calibration(contrast, mean, spread, {}, filter_sigma, {})
 
     everyone = list(range(len(images)))
     scores: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
     for i in everyone:
         others = fit([j for j in everyone if j != i])
         for name, values in scores.items():
-            values.append(others.heatmap(name, channels[i], images[i])[images[i] > 0].numpy())
+            values.append(others.score(name, channels[i], images[i])[images[i] > 0].numpy())
     quantiles = {
         name: dict(zip([f"{q:g}" for q in QUANTILES], np.quantile(np.concatenate(v), QUANTILES).astype(float).tolist()))
         for name, v in scores.items()
     }
     final = fit(everyone)
     about = {"subjects": len(images), **(provenance or {})}
-    return Calibration(contrast, final.mean, final.spread, quantiles, median_radius, about)
+    return Calibration(contrast, final.mean, final.spread, quantiles, filter_sigma, about)
 
 
 def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.Tensor:
@@ -248,7 +263,7 @@ def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndar
         path,
         {
             "contrast": calibration.contrast,
-            "median_radius": calibration.median_radius,
+            "filter_sigma": calibration.filter_sigma,
             "provenance": dict(calibration.provenance),
             "quantiles": calibration.quantiles,
             "maps": {n: {"volume": i, "lowest": lo, "highest": hi} for i, (n, (lo, hi)) in enumerate(limits.items())},
@@ -294,7 +309,7 @@ def load_calibration(path: str | Path, model_file: str | Path, grid: Mapping[str
             volumes[name] = codes / 65535 * (m["highest"] - m["lowest"]) + m["lowest"]
         mean, spread = ({n: volumes[f"{n}_{kind}"] for n in MAPS} for kind in ("mean", "spread"))
         return Calibration(
-            content["contrast"], mean, spread, content["quantiles"], int(content["median_radius"]), about
+            content["contrast"], mean, spread, content["quantiles"], float(content["filter_sigma"]), about
         )
     except (KeyError, TypeError, IndexError, OSError, nib.filebasedimages.ImageFileError) as error:
         raise InputError(f"{path}: damaged calibration ({error!r}); run the calibration again") from error
@@ -330,7 +345,7 @@ class FitCalibration:
         path: of the calibration (JSON).
         model_file: the model that the evaluator runs; its hash is stored.
         grid: ``spacing``, ``spatial_size``, ``center``, ``stride``; stored, and compared when the calibration is used.
-        contrast, smoothing_mm, median_radius: see `fit_calibration`.
+        contrast, smoothing_mm, filter_mm: see `fit_calibration`.
     """
 
     def __init__(
@@ -340,10 +355,10 @@ class FitCalibration:
         contrast: str,
         grid: Mapping[str, Any],
         smoothing_mm: float = 4.0,
-        median_radius: int = 1,
+        filter_mm: float = 3.0,
     ) -> None:
         self.path, self.model_file, self.contrast, self.grid = path, model_file, contrast, dict(grid)
-        self.smoothing_mm, self.median_radius = smoothing_mm, median_radius
+        self.smoothing_mm, self.filter_mm = smoothing_mm, filter_mm
         self.channels: list[torch.Tensor] = []
         self.images: list[torch.Tensor] = []
         self.affine = np.eye(4)
@@ -368,11 +383,12 @@ class FitCalibration:
             self.contrast,
             self.grid["spacing"],
             self.smoothing_mm,
-            self.median_radius,
+            self.filter_mm,
             {
                 "model_sha256": model_hash(self.model_file, self.contrast),
                 "grid": self.grid,
                 "smoothing_mm": self.smoothing_mm,
+                "filter_mm": self.filter_mm,
             },
         )
         # outer edges are shared, so the first voxel of a coarser map lies further in

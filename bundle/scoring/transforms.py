@@ -26,7 +26,7 @@ def check_score(score: str) -> str:
 
 
 class AnomalyHeatmapd(MapTransform):
-    """Turn anomaly channels into the heatmap of a named score (see `Calibration.heatmap`).
+    """Turn anomaly channels into the heatmap of a named score (see `Calibration.score`).
 
     Args:
         keys: anomaly channels ``[2, H, W, D]`` (one key), a `MetaTensor` as all here.
@@ -52,7 +52,7 @@ class AnomalyHeatmapd(MapTransform):
         d = dict(data)
         image = d[self.image_key]
         channels, values = (t.as_tensor().cpu().float() for t in (d[self.keys[0]], image))
-        heatmap = self.calibration.load().heatmap(self.score, channels, values)
+        heatmap = self.calibration.load().score(self.score, channels, values)
         d[self.output_key] = MetaTensor(heatmap).copy_meta_from(image)
         return d
 

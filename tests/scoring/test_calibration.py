@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from bundle.errors import InputError
 from bundle.scoring import SCORES, fit_calibration, load_calibration, save_calibration
-from bundle.scoring.calibration import _median, model_hash, population_maps, raw_map
+from bundle.scoring.calibration import _median, model_hash, population_maps, within_scan
 from tests.conftest import ellipsoid
 
 SHAPE = (14, 16, 10)
@@ -30,7 +30,7 @@ def healthy():
 
 @pytest.fixture(scope="module")
 def calibration(healthy):
-    return fit_calibration(*healthy, "t1", spacing=2.0, smoothing_mm=2.0, median_radius=0)
+    return fit_calibration(*healthy, "t1", spacing=2.0, smoothing_mm=2.0, filter_mm=0)
 
 
 def test_median_ignores_nan_like_numpy():
@@ -75,7 +75,7 @@ def test_quantiles_are_those_of_left_out_scans(healthy, calibration):
     scores = []
     for i in range(len(images)):
         rest = [j for j in range(len(images)) if j != i]
-        others = fit_calibration([channels[j] for j in rest], [images[j] for j in rest], "t1", 2.0, 2.0, 0)
+        others = fit_calibration([channels[j] for j in rest], [images[j] for j in rest], "t1", 2.0, 2.0, 0.0)
         scores.append(others.score("variance", channels[i], images[i])[images[i] > 0].numpy())
     expected = np.quantile(np.concatenate(scores), [0.95, 0.99])
     np.testing.assert_allclose([calibration.threshold("variance", q) for q in (0.95, 0.99)], expected, rtol=1e-5)
@@ -104,23 +104,39 @@ def test_scores_are_what_they_are_called(healthy, calibration):
     torch.testing.assert_close(bright[inside], expected[inside])
 
 
-def test_heatmap_is_median_filtered_but_baselines_are_not(healthy, calibration):
+def test_channels_are_filtered_but_baselines_are_not(healthy, calibration):
     channels, images = healthy
-    filtered = replace(calibration, median_radius=1)
-    score = filtered.score("location", channels[0], images[0])
-    heatmap = filtered.heatmap("location", channels[0], images[0])
-    core = ndimage.binary_erosion(images[0][0] > 0)
-    np.testing.assert_allclose(heatmap[0][core], ndimage.median_filter(score[0].numpy(), 3)[core], rtol=1e-6)
+    filtered = replace(calibration, filter_sigma=1.5)
+    inside = (images[0] > 0).numpy()[0]
+    score = filtered.score("uncalibrated", channels[0], images[0])[0].numpy()
+    raw = channels[0].sum(0).numpy()
+    weight = ndimage.gaussian_filter(inside.astype(float), 1.5, mode="constant", truncate=8)
+    expected = ndimage.gaussian_filter(raw * inside, 1.5, mode="constant", truncate=8) / weight
+    np.testing.assert_allclose(score[inside], expected[inside], atol=0.06)
     args = ("intensity", channels[0], images[0])
-    torch.testing.assert_close(filtered.heatmap(*args), filtered.score(*args))
+    torch.testing.assert_close(filtered.score(*args), calibration.score(*args))
+
+
+def test_another_scanner_is_brought_to_the_scan_own_level(healthy, calibration):
+    channels, images = healthy
+    inside = images[0] > 0
+    usual = calibration.score("location", channels[0], images[0])[inside]
+    shifted = calibration.score("location", 5 + 3 * channels[0], images[0])[inside]
+    assert abs(shifted.median()) < 1e-5 and abs(usual.median()) < 1e-5
+    deviation = 1.4826 * np.median(np.abs(shifted.numpy() - np.median(shifted.numpy())))
+    np.testing.assert_allclose(deviation, 1, rtol=1e-2)
+    narrow = torch.linspace(-0.1, 0.1, inside.numel()).view(inside.shape)
+    torch.testing.assert_close(  # never stretched: a scan without anything odd stays so
+        within_scan(narrow, inside)[inside], (narrow - narrow[inside].median())[inside]
+    )
 
 
 def test_fine_grids_keep_coarse_maps(healthy):
     channels, images = (
         [torch.repeat_interleave(v, 2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3) for v in vs] for vs in healthy
     )
-    fine = fit_calibration(channels, images, "t1", spacing=1.0, smoothing_mm=2.0, median_radius=0)
-    coarse = fit_calibration(*healthy, "t1", spacing=2.0, smoothing_mm=2.0, median_radius=0)
+    fine = fit_calibration(channels, images, "t1", spacing=1.0, smoothing_mm=2.0, filter_mm=0)
+    coarse = fit_calibration(*healthy, "t1", spacing=2.0, smoothing_mm=2.0, filter_mm=0)
     torch.testing.assert_close(fine.mean["location"], coarse.mean["location"], atol=1e-4, rtol=1e-4)
     assert fine.score("location", channels[0], images[0]).shape == images[0].shape
 
@@ -166,9 +182,3 @@ def test_too_few_scans_and_unknown_contrasts_are_refused(healthy):
         fit_calibration(channels[:2], images[:2], "t1", 2.0)
     with pytest.raises(InputError, match="pd"):
         fit_calibration(channels, images, "pd", 2.0)
-
-
-def test_raw_maps(healthy):
-    channels, images = healthy
-    torch.testing.assert_close(raw_map("location", channels[0], images[0])[0], channels[0].sum(0))
-    torch.testing.assert_close(raw_map("squared_error", channels[0], images[0])[0], channels[0][0])

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from monai.transforms import ConcatItemsd
 
 from bundle.losses import BetaNLLLoss
 from bundle.networks import PatchLocator
@@ -20,6 +21,11 @@ def with_slices(volume):
     return FindBrainSlicesd()({"image": volume})
 
 
+def with_position(item):
+    """As the configs do before the network sees the slice."""
+    return ConcatItemsd(["image", "slice_position"], "image")(item)
+
+
 def test_brain_slices_are_listed(volume):
     assert with_slices(volume)["brain_slices"].tolist() == [2, 3, 4, 5, 6, 7, 8, 9]
     thin = torch.zeros(1, 20, 20, 5)
@@ -31,7 +37,7 @@ def test_slices_hold_intensity_and_position(volume):
     slices = AxialSlicesd("image", num_slices=3)(with_slices(volume))
     assert len(slices) == 3
     for s in slices:
-        position = s["image"][1].unique()
+        position = s["slice_position"].unique()
         k = round(float(position) * 12 - 0.5)
         assert len(position) == 1 and 0 < position < 1
         torch.testing.assert_close(s["image"][0], volume[0, :, :, k].as_tensor())
@@ -43,13 +49,13 @@ def test_random_slices_are_seeded_and_hold_brain(volume):
     positions = []
     for _ in range(2):
         sampler.set_random_state(3)
-        positions.append([float(s["image"][1, 0, 0]) for s in sampler(with_slices(volume))])
+        positions.append([float(s["slice_position"][0, 0, 0]) for s in sampler(with_slices(volume))])
         assert len(set(positions[-1])) > 3
     assert positions[0] == positions[1]
 
 
 def test_patches_know_where_they_come_from(volume):
-    (image,) = AxialSlicesd("image", 1)(with_slices(volume))
+    (image,) = map(with_position, AxialSlicesd("image", 1)(with_slices(volume)))
     sampler = RandPatchesd("image", patch_size=8, num_patches=30, min_brain_share=0.2).set_random_state(0)
     full = image["image"][0]
     for patch in sampler(image):
@@ -67,7 +73,7 @@ def test_an_empty_slice_gives_patches_without_weight():
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
 def test_dense_locations_are_those_of_the_patches(volume, stride):
-    (item,) = AxialSlicesd("image", 1)(with_slices(volume))
+    (item,) = map(with_position, AxialSlicesd("image", 1)(with_slices(volume)))
     sampler = DenseLocationsd("image", patch_size=8, stride=stride).set_random_state(1)
     sizes = set()
     for _ in range(10):
@@ -86,7 +92,7 @@ def test_dense_locations_are_those_of_the_patches(volume, stride):
 
 def test_dense_and_patch_training_agree_on_the_same_patches(volume):
     """Same network, same patches: one pass over the slice gives the loss and gradient of all patches."""
-    (item,) = AxialSlicesd("image", 1)(with_slices(meta(volume[0] / volume.max())))
+    (item,) = map(with_position, AxialSlicesd("image", 1)(with_slices(meta(volume[0] / volume.max()))))
     network, loss = PatchLocator(patch_size=8, channels=4, features=8, stride=2).eval(), BetaNLLLoss()
     dense = DenseLocationsd("image", patch_size=8, stride=2)(item)
     value = loss(network(dense["image"][None]), dense["label"][None])

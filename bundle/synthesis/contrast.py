@@ -1,0 +1,95 @@
+"""Contrast: how bright each tissue is in a sequence, drawn anew for every scan."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable
+from numpy.random import RandomState
+
+from bundle.errors import InputError
+
+from .tissue import TISSUES
+
+# from dark to bright; deep grey matter holds myelin and iron and lies between cortex and white matter
+TISSUE_ORDER = {
+    "t1": ("csf", "grey", "deep_grey", "white"),
+    "t2": ("white", "deep_grey", "grey", "csf"),
+    "flair": ("csf", "white", "deep_grey", "grey"),
+}
+
+
+def draw_brightness(contrast: str, random: RandomState) -> dict[str, float]:
+    """Brightness of each tissue, the brightest 1, in the order that the sequence's physics gives (`TISSUE_ORDER`).
+
+    The ratios are wide: those of sequences and scanners in use, and some beyond, so that a network learns the order
+    and not the number.
+
+    Args:
+        contrast: "t1", "t2" or "flair".
+        random: draws.
+    """
+    between = random.uniform(0.1, 0.9)
+    if contrast == "t1":
+        white, grey = 1.0, random.uniform(0.55, 0.8)
+        csf = grey * random.uniform(0.1, 0.6)
+    elif contrast == "t2":
+        csf, grey = 1.0, random.uniform(0.35, 0.7)
+        white = grey * random.uniform(0.55, 0.88)
+    elif contrast == "flair":
+        grey, white = 1.0, random.uniform(0.65, 0.92)
+        csf = white * random.uniform(0.05, 0.5)
+    else:
+        raise InputError(f"contrast '{contrast}' is unknown: use one of {', '.join(TISSUE_ORDER)}")
+    return {"csf": csf, "grey": grey, "deep_grey": white + between * (grey - white), "white": white}
+
+
+class RandTissueContrastd(MapTransform, Randomizable):
+    """Paint tissue shares in a contrast: ``image`` ``[1, X, Y, Z]``, 0 outside the brain.
+
+    Every tissue gets its drawn brightness, changed by up to ``variation`` over a few centimetres (myelin, iron, coils),
+    mixed by its share of the voxel. The scan's own texture comes on top, strengthened, weakened or inverted, and so
+    says no more than that brains are not smooth.
+
+    Args:
+        keys: tissue shares ``[4, X, Y, Z]`` of `TissueFractionsd`.
+        contrast: one of `TISSUE_ORDER`.
+        variation: relative, of a tissue's brightness from place to place.
+        texture: largest weight of ``texture``, if there is one.
+        image_key: result.
+    """
+
+    def __init__(
+        self,
+        keys: str = "tissue",
+        contrast: str = "t1",
+        variation: float = 0.08,
+        texture: float = 0.7,
+        image_key: str = "image",
+    ) -> None:
+        super().__init__(keys)
+        draw_brightness(contrast, RandomState(0))  # an unknown contrast is told at once
+        self.contrast, self.variation, self.texture, self.image_key = contrast, variation, texture, image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        tissue = torch.as_tensor(d[self.keys[0]])
+        share = tissue.as_tensor() if isinstance(tissue, MetaTensor) else tissue
+        brightness = draw_brightness(self.contrast, self.R)
+        coarse = torch.as_tensor(self.R.uniform(-1, 1, (1, len(TISSUES), 4, 4, 4)), dtype=share.dtype)
+        field = F.interpolate(coarse.to(share.device), share.shape[1:], mode="trilinear", align_corners=True)[0]
+        mean = torch.tensor([brightness[t] for t in TISSUES], dtype=share.dtype, device=share.device)
+        image = (share * (mean.view(-1, 1, 1, 1) * (1 + self.variation * field))).sum(0, keepdim=True)
+        weight = self.R.uniform(-self.texture, self.texture)
+        if "texture" in d:
+            image = image + weight * torch.as_tensor(d["texture"]).to(image) * (max(mean) - min(mean))
+        inside = share.sum(0, keepdim=True) > 0
+        image = torch.where(inside, image.clamp(min=1e-3), 0.0)
+        d[self.image_key] = MetaTensor(image)
+        if isinstance(tissue, MetaTensor):
+            d[self.image_key].copy_meta_from(tissue)
+        return d

@@ -1,0 +1,94 @@
+"""Anatomy: from a label map to how much of each tissue every voxel holds."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from scipy import ndimage
+
+from bundle.errors import InputError
+
+TISSUES = ("csf", "grey", "deep_grey", "white")
+
+# label schemes: labels of each tissue. The brainstem counts as white matter, amygdala and hippocampus as grey.
+SCHEMES: dict[str, dict[str, set[int]]] = {
+    # DLMUSE, as the MUSE atlas numbers it (NiChart)
+    "dlmuse": {
+        "csf": {1, 4, 11, 46, 49, 50, 51, 52},
+        "deep_grey": {23, 30, 36, 37, 55, 56, 57, 58, 59, 60, 75, 76},
+        "white": {35, 40, 41, 61, 62, 69, *range(81, 96)},
+        "grey": {31, 32, 38, 39, 47, 48, 71, 72, 73, *range(100, 208)},
+    },
+    # FreeSurfer, as SynthSeg uses it; 500 and above are outside the brain there
+    "freesurfer": {
+        "csf": {4, 5, 14, 15, 24, 43, 44, 72},
+        "deep_grey": {10, 11, 12, 13, 26, 49, 50, 51, 52, 58},
+        "white": {2, 7, 16, 28, 30, 41, 46, 60, 62, 77, 85, *range(251, 256)},
+        "grey": {3, 8, 17, 18, 42, 47, 53, 54},
+    },
+}
+
+
+class TissueFractionsd(MapTransform):
+    """Shares of `TISSUES` in every voxel, ``tissue`` ``[4, X, Y, Z]``, that sum to 1 in the brain and are 0 outside.
+
+    A label map on a coarse grid has steps where the brain has none. So the labels, smoothed, are only what is expected
+    before the scan is looked at; where a T1w scan of the same head is there, its brightness decides between the
+    tissues that are near (Bayes' rule, with a Gaussian around each tissue's median in this very scan). What is left
+    over of the scan when the tissues are taken away, in units of its range from fluid to white matter, is ``texture``
+    ``[1, X, Y, Z]``; without a scan there is none. Brain voxels without a label are fluid.
+
+    Args:
+        keys: the label map ``[1, X, Y, Z]``.
+        scheme: one of `SCHEMES`.
+        image_key: T1w scan on the same grid, used if it is there.
+        mask_key: brain mask.
+        blur: sigma that the labels are smoothed with, voxels.
+
+    Raises:
+        InputError: an unknown scheme, or a label map that holds not all tissues.
+    """
+
+    def __init__(
+        self,
+        keys: str = "anatomy_label",
+        scheme: str = "dlmuse",
+        image_key: str = "image",
+        mask_key: str = "brain_mask",
+        blur: float = 0.6,
+    ) -> None:
+        super().__init__(keys)
+        if scheme not in SCHEMES:
+            raise InputError(f"label_scheme '{scheme}' is unknown: use one of {', '.join(SCHEMES)}")
+        self.scheme, self.image_key, self.mask_key, self.blur = scheme, image_key, mask_key, blur
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        labels = d[self.keys[0]]
+        inside = d[self.mask_key].as_tensor()[0].numpy() > 0
+        values = labels.as_tensor()[0].numpy()
+        hard = np.stack([np.isin(values, list(SCHEMES[self.scheme][t])) & inside for t in TISSUES])
+        if not hard.any((1, 2, 3)).all():
+            missing = ", ".join(t for t, there in zip(TISSUES, hard.any((1, 2, 3))) if not there)
+            name = labels.meta.get("filename_or_obj", self.keys[0])
+            raise InputError(f"{name}: holds no label of {missing}; is '{self.scheme}' its scheme?")
+        hard[0] |= inside & ~hard.any(0)
+        expected = np.stack([ndimage.gaussian_filter(h.astype(np.float32), self.blur) for h in hard])
+        texture = np.zeros_like(expected[:1])
+        if self.image_key in d:
+            scan = d[self.image_key].as_tensor()[0].numpy()
+            median = np.array([np.median(scan[h]) for h in hard])
+            scale = max(float(median[3] - median[0]), 1e-6)
+            distance = (scan - median[:, None, None, None]) / scale
+            expected = (expected + 1e-3 * hard) * np.exp(-0.5 * (6 * distance) ** 2) + 1e-6 * hard
+        share = expected / np.maximum(expected.sum(0), 1e-12) * inside
+        if self.image_key in d:
+            texture = ((scan - np.tensordot(median, share, 1)) / scale * inside)[None]
+            d["texture"] = MetaTensor(torch.as_tensor(texture, dtype=torch.float32)).copy_meta_from(labels)
+        d["tissue"] = MetaTensor(torch.as_tensor(share, dtype=torch.float32)).copy_meta_from(labels)
+        return d
