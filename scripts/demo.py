@@ -28,9 +28,8 @@ def run(*command: str) -> None:
 
 
 def runner(run_id: str, config: str, *overrides: str) -> None:
-    """Run one of the bundle's configs on the 2 mm grid through MONAI's runner."""
-    files = f"['configs/{config}.json','configs/grid_2mm.yaml']"
-    run("python", "-m", "monai.bundle", "run", run_id, "--config_file", files, *overrides)
+    """Run one of the bundle's configs through MONAI's runner."""
+    run("python", "-m", "monai.bundle", "run", run_id, "--config_file", f"configs/{config}.json", *overrides)
 
 
 def main() -> None:

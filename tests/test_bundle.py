@@ -12,7 +12,7 @@ from monai.bundle import ConfigWorkflow, verify_net_in_out
 from bundle.networks import PatchLocator, ResNetPatchLocator
 from tests.conftest import ROOT
 
-CONFIGS = ["train", "calibrate", "inference", "evaluate", "prepare"]
+CONFIGS = ["train", "calibrate", "inference", "evaluate", "prepare"]  # those that do one thing and run it
 
 
 def workflow(name: str, kind: str, **overrides):
@@ -91,11 +91,11 @@ def test_one_override_switches_the_network():
     default = workflow("inference", "infer").network_def
     published = workflow("inference", "infer", **{"network_def#_target_": "bundle.networks.ResNetPatchLocator"})
     assert isinstance(default, PatchLocator) and isinstance(published.network_def, ResNetPatchLocator)
-    assert default.patch_size == published.network_def.patch_size == 12
+    assert default.patch_size == published.network_def.patch_size == 8
 
 
 def test_both_grids_train_the_network_that_they_infer_with():
-    for name, size in (("grid_2mm", 12), (None, 24)):
+    for name, size in (("grid_2mm", 8), ("grid_1mm", 24), (None, 8)):
         files = [
             [f"{ROOT}/configs/{c}.json", *([f"{ROOT}/configs/{name}.yaml"] if name else [])]
             for c in ("train", "inference")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from .atlas import grid_affine, load_atlas
 from .files import write_json, write_volume
+from .planting import plant_lesion
 
 # voxels around the grid from which a deformation may bring tissue in
 _MARGIN = 8
@@ -96,7 +97,7 @@ def make_subject(anatomy: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.
     return torch.where(inside, image, 0.0), inside.float()
 
 
-def plant_lesion(
+def plant_blob(
     image: torch.Tensor, brain_mask: torch.Tensor, radius_mm: float, spacing: float, rng: np.random.RandomState
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Darken an irregular blob inside the brain, as an old infarct looks on T1w: nearly as dark as fluid.
@@ -105,7 +106,7 @@ def plant_lesion(
         image, brain_mask: ``[1, X, Y, Z]``.
         radius_mm: about the lesion's radius.
         spacing: voxel size, mm.
-        rng: chooses place, shape and depth.
+        rng: chooses place, shape and strength.
 
     Returns:
         the image with the lesion, and the lesion's mask (0 and 1).
@@ -118,9 +119,7 @@ def plant_lesion(
     bumps = ndimage.gaussian_filter(rng.standard_normal(inside.shape), 4 / spacing)
     edge = radius_mm * (1 + 0.3 * bumps / bumps.std()) - distance
     soft = torch.as_tensor(inside / (1 + np.exp(-edge / (0.5 * spacing))), dtype=torch.float32)[None]
-    dark = float(np.quantile(image[brain_mask > 0].numpy(), 0.05)) * rng.uniform(0.5, 1.0)
-    strength = rng.uniform(0.8, 0.95)
-    return image * (1 - strength * soft) + dark * strength * soft, (soft > 0.5).float()
+    return plant_lesion(image, brain_mask, soft, "t1", (0.8, 0.95), rng)
 
 
 def make_cohort(
@@ -157,7 +156,7 @@ def make_cohort(
             rng = np.random.RandomState(seed + number)
             label = torch.zeros_like(image)
             for _ in range(rng.randint(1, 4)):
-                image, lesion = plant_lesion(image, brain_mask, rng.uniform(*radii_mm), spacing, rng)
+                image, lesion = plant_blob(image, brain_mask, rng.uniform(*radii_mm), spacing, rng)
                 label = torch.maximum(label, lesion)
             volumes["label"] = label
         item: dict[str, Any] = {"subject": name, "contrast": "t1"}

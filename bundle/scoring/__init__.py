@@ -8,6 +8,7 @@ from .calibration import (
     FitCalibration,
     fit_calibration,
     load_calibration,
+    model_file,
     require_model,
     save_calibration,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "fill_outside",
     "fit_calibration",
     "load_calibration",
+    "model_file",
     "require_model",
     "save_calibration",
     "smooth_inside",

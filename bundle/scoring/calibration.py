@@ -233,6 +233,12 @@ def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.T
     return torch.where(weight > 0, total / weight, torch.nan)[0, 0]
 
 
+def model_file(ckpt_dir: str | Path, contrast: str) -> str:
+    """The model of a contrast in a folder: ``model_CONTRAST.pt``, or ``model.pt`` where there is none."""
+    own = Path(ckpt_dir) / f"model_{contrast}.pt"
+    return str(own if own.is_file() else Path(ckpt_dir) / "model.pt")
+
+
 def model_hash(model_file: str | Path, contrast: str) -> str:
     """SHA-256 of a model and, where there are any beside it, of its intensity landmarks: with others of either, a
     scan scores differently.

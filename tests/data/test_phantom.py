@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from bundle.data import grid_affine, load_datalist
-from bundle.data.phantom import load_anatomy, make_subject, plant_lesion
+from bundle.data.phantom import load_anatomy, make_subject, plant_blob
 from tests.conftest import CENTER, GRID
 
 
@@ -21,7 +21,7 @@ def test_lesions_are_dark_inside_and_leave_the_rest():
     brain = torch.zeros(1, 24, 24, 24)
     brain[:, 3:-3, 3:-3, 3:-3] = 1
     image = brain * (0.5 + 0.5 * torch.rand(brain.shape))
-    planted, mask = plant_lesion(image, brain, 12.0, 3.0, np.random.RandomState(0))
+    planted, mask = plant_blob(image, brain, 12.0, 3.0, np.random.RandomState(0))
     assert 0.3 < mask.sum() * 27 / (4 / 3 * np.pi * 12**3) < 3
     assert (mask <= brain).all()
     assert (planted - image)[mask > 0].mean() < -0.1

@@ -1,0 +1,158 @@
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.transforms import Compose
+
+from bundle.data.files import write_volume
+from bundle.errors import InputError
+from bundle.synthesis import (
+    TISSUE_ORDER,
+    TISSUES,
+    RandSkullStripErrord,
+    RandThickSlicesd,
+    RandTissueContrastd,
+    TissueFractionsd,
+    draw_brightness,
+    write_scans,
+)
+from bundle.transforms import LoadScand
+from tests.conftest import meta
+
+LABELS = {"csf": 51, "grey": 100, "deep_grey": 59, "white": 81}  # DLMUSE
+
+
+@pytest.fixture
+def anatomy():
+    """Shells of white matter, cortex and fluid around a deep nucleus and a ventricle, and their T1w scan."""
+    i, j, k = np.indices((24, 24, 20)) - np.array([12, 12, 10]).reshape(3, 1, 1, 1)
+    radius = np.sqrt(i**2 + j**2 + (1.2 * k) ** 2)
+    labels = np.zeros(radius.shape)
+    for limit, tissue in ((10, "csf"), (9, "grey"), (7, "white"), (3.5, "deep_grey"), (2, "csf")):
+        labels[radius < limit] = LABELS[tissue]
+    brightness = {51: 0.1, 100: 0.55, 59: 0.75, 81: 0.95, 0: 0.0}
+    scan = np.vectorize(brightness.get)(labels) + 0.02 * np.random.RandomState(0).standard_normal(labels.shape)
+    return {
+        "image": meta(scan * (labels > 0)),
+        "brain_mask": meta(labels > 0),
+        "anatomy_label": meta(labels),
+    }
+
+
+def medians(image, labels):
+    return {t: float(image[labels == label].median()) for t, label in LABELS.items()}
+
+
+def test_shares_sum_to_one_and_follow_scan_and_labels(anatomy):
+    d = TissueFractionsd()(anatomy)
+    inside = anatomy["brain_mask"][0] > 0
+    total = d["tissue"].sum(0)
+    torch.testing.assert_close(total[inside].as_tensor(), torch.ones(int(inside.sum())))
+    assert (total[~inside] == 0).all()
+    for n, tissue in enumerate(TISSUES):
+        labelled = anatomy["anatomy_label"][0] == LABELS[tissue]
+        assert d["tissue"][n][labelled].mean() > 0.85
+    # the labels call it white matter, the scan shows fluid beside a ventricle
+    dark = {**anatomy, "image": anatomy["image"].clone()}
+    dark["image"][0, 14, 12, 10] = 0.1
+    csf = TISSUES.index("csf")
+    assert TissueFractionsd()(dark)["tissue"][csf, 14, 12, 10] > d["tissue"][csf, 14, 12, 10]
+    assert d["texture"].abs().max() < 0.6 and d["texture"][0][inside].std() > 0.005
+
+
+def test_label_maps_do_without_a_scan(anatomy):
+    d = TissueFractionsd()({k: anatomy[k] for k in ("brain_mask", "anatomy_label")})
+    assert "texture" not in d
+    torch.testing.assert_close(d["tissue"].sum(0).as_tensor(), anatomy["brain_mask"][0].as_tensor().float())
+    image = RandTissueContrastd(contrast="t2").set_random_state(0)(d)["image"]
+    assert image.shape == (1, 24, 24, 20)
+
+
+def test_a_wrong_scheme_is_told(anatomy):
+    with pytest.raises(InputError, match="freesurfer"):
+        TissueFractionsd(scheme="freesurfer")(anatomy)
+    with pytest.raises(InputError, match="label_scheme"):
+        TissueFractionsd(scheme="aal")
+
+
+@pytest.mark.parametrize("contrast", TISSUE_ORDER)
+def test_tissues_are_ordered_as_in_the_sequence(anatomy, contrast):
+    d = TissueFractionsd()(anatomy)
+    paint = RandTissueContrastd(contrast=contrast)
+    for seed in range(20):
+        drawn = draw_brightness(contrast, np.random.RandomState(seed))
+        assert tuple(sorted(drawn, key=drawn.get)) == TISSUE_ORDER[contrast] and max(drawn.values()) == 1
+        image = paint.set_random_state(seed)(d)["image"][0]
+        found = medians(image, anatomy["anatomy_label"][0])
+        low, high = (TISSUE_ORDER[contrast][n] for n in (0, -1))
+        assert found[low] == min(found.values()) and found[high] == max(found.values())
+        assert ((image > 0) == (anatomy["brain_mask"][0] > 0)).all()
+
+
+def test_scans_differ_by_seed_only(anatomy):
+    d = TissueFractionsd()(anatomy)
+    paint = RandTissueContrastd(contrast="flair")
+    one, again, other = (paint.set_random_state(s)(d)["image"] for s in (1, 1, 2))
+    assert torch.equal(one, again) and (one - other).abs().max() > 0.01
+    with pytest.raises(InputError, match="swi"):
+        RandTissueContrastd(contrast="swi")
+
+
+def test_thick_slices_average_along_one_axis_and_keep_the_outside(anatomy):
+    thick = RandThickSlicesd("image", spacing=2.0, thickness_mm=(8.0, 8.0), prob=1.0, axial=1.0).set_random_state(0)
+    image = anatomy["image"]
+    result = thick({"image": image})["image"]
+    assert ((result > 0) == (image > 0)).all()
+    flat = meta(np.ones((8, 8, 8)))
+    torch.testing.assert_close(thick({"image": flat})["image"].as_tensor(), flat.as_tensor())
+    ramp = meta(1 + np.indices((8, 8, 8))[0].astype(float))  # constant along the slices' axis
+    torch.testing.assert_close(thick({"image": ramp})["image"].as_tensor(), ramp.as_tensor())
+    noise = meta(1 + np.random.RandomState(0).rand(16, 16, 16))
+    blurred = thick({"image": noise})["image"]
+    assert blurred[0].diff(dim=2).abs().mean() < 0.4 * noise[0].diff(dim=2).abs().mean()
+    none = RandThickSlicesd("image", spacing=2.0, prob=0.0)
+    assert none({"image": noise})["image"] is noise
+
+
+def test_skull_stripping_takes_from_the_rim_only(anatomy):
+    d = TissueFractionsd()(anatomy)
+    strip = RandSkullStripErrord(prob=1.0)
+    before = anatomy["brain_mask"][0] > 0
+    deep = anatomy["anatomy_label"][0] == LABELS["deep_grey"]
+    sizes = set()
+    for seed in range(12):
+        after = strip.set_random_state(seed)(d)["brain_mask"][0] > 0
+        assert not (after & ~before).any() and after[deep].all()
+        assert (after & (anatomy["anatomy_label"][0] == LABELS["white"])).sum() > 0
+        sizes.add(int(after.sum()))
+    assert len(sizes) > 1 and max(sizes) < before.sum()
+
+
+def test_written_scans_are_a_prepared_dataset(tmp_path, anatomy):
+    items = []
+    for n in range(2):
+        item = {"subject": f"s{n}", "contrast": "t1"}
+        for key in ("image", "brain_mask", "anatomy_label"):
+            item[key] = f"{key}{n}.nii.gz"
+            write_volume(tmp_path / "in" / item[key], anatomy[key][0].numpy().astype(np.float32), np.eye(4))
+        items.append(item)
+    (tmp_path / "in" / "datalist.json").write_text(json.dumps({"training": items, "calibration": items[:1]}))
+    chain = (
+        Compose([LoadScand(["image", "brain_mask", "anatomy_label"]), TissueFractionsd()]),
+        Compose([RandTissueContrastd(contrast="t2"), RandSkullStripErrord()]),
+    )
+    for folder, repeats in (("one", 1), ("two", 2)):
+        write_scans(tmp_path / "in", tmp_path / folder, "t2", *chain, repeats=repeats)
+    lists = json.loads((tmp_path / "two" / "datalist.json").read_text())
+    assert {k: len(v) for k, v in lists.items()} == {"training": 4, "calibration": 2}
+    assert all(i["contrast"] == "t2" for i in lists["training"])
+    first = lists["training"][0]["image"]
+    one, two, other = (
+        nib.load(tmp_path / f).get_fdata() for f in (f"one/{first}", f"two/{first}", f"two/{lists['training'][1]['image']}")
+    )
+    np.testing.assert_array_equal(one, two)  # the number of repeats changes no scan
+    assert np.abs(one - other).max() > 0.01
+    with pytest.raises(InputError, match="output_dir"):
+        write_scans(tmp_path / "in", tmp_path / "in", "t2", *chain)
