@@ -121,8 +121,8 @@ def _matches(patterns: str | list[str] | None, paths: list[str], **known: str | 
 
 def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
     """Scans of a cohort: dictionaries with ``subject`` (with its session, if there is one), ``person``, ``contrast``,
-    ``image`` and, where they exist, ``brain_mask``, ``label`` and ``anatomy_label`` (paths), sorted by subject. Where more than one file
-    is found where one belongs, ``problem`` tells it.
+    ``image`` and, where they exist, ``brain_mask``, ``label`` and ``anatomy_label`` (paths), sorted by subject. Where
+    more than one file is found where one belongs, ``problem`` tells it.
 
     Raises:
         InputError: nothing matches.

@@ -94,7 +94,7 @@ def plant_masks(
     voxel_ml = float(np.abs(np.linalg.det(grid.affine[:3, :3]))) / 1000
     shapes: list[tuple[float, str, torch.Tensor]] = []
     for file in files:
-        mask = MetaTensor((load(file) > 0).float().as_tensor(), affine=load(file).affine)
+        mask = (load(file) > 0).float()
         # averaged over coarser voxels, not picked
         voxels = (np.linalg.norm(m.affine[:3, :3], axis=0) for m in (grid, mask))
         width = np.maximum(np.divide(*voxels) - 1, 0) / 2

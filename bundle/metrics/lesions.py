@@ -27,7 +27,7 @@ def count_lesions(found: np.ndarray, truth: np.ndarray, min_voxels: float = 1) -
     lesions, total = ndimage.label(truth, _NEIGHBOURS)
     touching = np.unique(regions[truth > 0])
     hit = np.unique(lesions[np.isin(regions, kept)])
-    return int((hit > 0).sum()), int(total), int(len(np.setdiff1d(kept, touching)))
+    return int((hit > 0).sum()), int(total), len(np.setdiff1d(kept, touching))
 
 
 def recall_at_false_positives(

@@ -34,7 +34,7 @@ MAPS = ("squared_error", "variance", "location", "intensity")
 INTENSITY_SCORES = ("atlas_z", "intensity")
 # what can be asked of `Calibration.score`
 SCORES = ("location", "squared_error", "variance", "uncalibrated", *INTENSITY_SCORES)
-QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 _MAP_SPACING = 2.0
 
 

@@ -73,8 +73,8 @@ class TissueFractionsd(MapTransform):
         inside = d[self.mask_key].as_tensor()[0].numpy() > 0
         values = labels.as_tensor()[0].numpy()
         hard = np.stack([np.isin(values, list(SCHEMES[self.scheme][t])) & inside for t in TISSUES])
-        if not hard.any((1, 2, 3)).all():
-            missing = ", ".join(t for t, there in zip(TISSUES, hard.any((1, 2, 3))) if not there)
+        missing = ", ".join(t for t, where in zip(TISSUES, hard) if not where.any())
+        if missing:
             name = labels.meta.get("filename_or_obj", self.keys[0])
             raise InputError(f"{name}: holds no label of {missing}; is '{self.scheme}' its scheme?")
         hard[0] |= inside & ~hard.any(0)

@@ -148,10 +148,9 @@ def test_written_scans_are_a_prepared_dataset(tmp_path, anatomy):
     lists = json.loads((tmp_path / "two" / "datalist.json").read_text())
     assert {k: len(v) for k, v in lists.items()} == {"training": 4, "calibration": 2}
     assert all(i["contrast"] == "t2" for i in lists["training"])
-    first = lists["training"][0]["image"]
-    one, two, other = (
-        nib.load(tmp_path / f).get_fdata() for f in (f"one/{first}", f"two/{first}", f"two/{lists['training'][1]['image']}")
-    )
+    first, second = (item["image"] for item in lists["training"][:2])
+    files = ("one", first), ("two", first), ("two", second)
+    one, two, other = (nib.load(tmp_path / folder / file).get_fdata() for folder, file in files)
     np.testing.assert_array_equal(one, two)  # the number of repeats changes no scan
     assert np.abs(one - other).max() > 0.01
     with pytest.raises(InputError, match="output_dir"):

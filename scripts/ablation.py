@@ -1,0 +1,151 @@
+"""Measure every score of a model on the same cases, beside the trivial methods: the tables of docs/results.md.
+
+One pass of the network over each scan serves all rows. Maps and thresholds come from the section "calibration" of the
+healthy dataset, false alarms from its section "validation".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bundle.data import load_datalist  # noqa: E402
+from bundle.data.files import write_json  # noqa: E402
+from bundle.metrics import average_precision, count_lesions, recall_at_false_positives  # noqa: E402
+from bundle.scoring import SCORES, Calibration, fit_calibration  # noqa: E402
+from bundle.scoring.calibration import QUANTILES  # noqa: E402
+
+FALSE_LESION_MM3 = 100.0
+
+
+class Bench:
+    """A model, and what it says about scans: anomaly channels, image and label of each."""
+
+    def __init__(self, ckpt_dir: str, contrast: str, overrides: list[str]) -> None:
+        self.contrast = contrast
+        self.parser = ConfigParser()
+        self.parser.read_config(str(ROOT / "configs/evaluate.json"))
+        settings = dict(item.split("=", 1) for item in overrides)
+        settings |= {"bundle_root": str(ROOT), "ckpt_dir": ckpt_dir, "contrast": contrast}
+        for key, value in settings.items():
+            self.parser[key] = json.loads(value) if value[:1] in "0123456789[" else value
+        self.preprocessing = self.parser.get_parsed_content("preprocessing")
+        self.inferer = self.parser.get_parsed_content("inferer")
+        self.network = self.parser.get_parsed_content("network").eval()
+        state = torch.load(self.parser.get_parsed_content("ckpt_path"), map_location="cpu", weights_only=True)
+        self.network.load_state_dict(state)
+        self.spacing = float(self.parser.get_parsed_content("spacing"))
+        self.device = self.parser.get_parsed_content("device")
+
+    def scans(self, dataset_dir: str, section: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+        """Anomaly channels ``[2, H, W, D]``, image ``[1, H, W, D]`` and lesion mask ``[H, W, D]`` of each scan."""
+        for item in tqdm(load_datalist(dataset_dir, section, self.contrast), desc=f"{dataset_dir} {section}"):
+            data = self.preprocessing(item)
+            image = data["image"].as_tensor()
+            channels = self.inferer(image[None].to(self.device), self.network)[0].cpu()
+            label = data["label"].as_tensor()[0].numpy() > 0 if "label" in data else np.zeros(image.shape[1:], bool)
+            yield channels, image, label
+
+
+def measure(calibration: Calibration, scans: list, spacing: float, quantile: float) -> dict[str, dict[str, float]]:
+    """Per score: mean AUPRC and Dice inside the brain, and lesion-wise recall at one false finding a scan."""
+    rows: dict[str, dict[str, float]] = {}
+    truths = [label for _, _, label in scans]
+    smallest = FALSE_LESION_MM3 / spacing**3
+    for name in SCORES:
+        maps = [calibration.score(name, channels, image)[0].numpy() for channels, image, _ in scans]
+        inside = [(image[0].numpy() > 0) | label for _, image, label in scans]
+        threshold = calibration.threshold(name, quantile)
+        dice = [
+            2 * ((m > threshold) & t).sum() / max(((m > threshold) & i).sum() + t.sum(), 1)
+            for m, t, i in zip(maps, truths, inside)
+        ]
+        area = [
+            average_precision(torch.as_tensor(m[i]), torch.as_tensor(t[i])) for m, t, i in zip(maps, truths, inside)
+        ]
+        rows[name] = {
+            "auprc": float(np.mean(area)),
+            "auprc_sd": float(np.std(area)),
+            "dice": float(np.mean(dice)),
+            "recall_at_1_fp": recall_at_false_positives(maps, truths, 1.0, smallest),
+        }
+    floor = [t.sum() / i.sum() for t, i in zip(truths, inside)]
+    rows["all_positive"] = {
+        "auprc": float(np.mean(floor)),
+        "auprc_sd": float(np.std(floor)),
+        "dice": float(np.mean([2 * f / (1 + f) for f in floor])),
+        "recall_at_1_fp": float("nan"),
+    }
+    return rows
+
+
+def false_alarms(calibration: Calibration, scans: list, spacing: float) -> dict[str, dict[str, float]]:
+    """Per threshold: share of healthy voxels above it in the location score, and findings above 100 mm^3 a scan."""
+    maps = [(calibration.score("location", c, i)[0].numpy(), i[0].numpy() > 0) for c, i, _ in scans]
+    rows = {}
+    for quantile in QUANTILES:
+        t = calibration.threshold("location", quantile)
+        found = [(m > t) & i for m, i in maps]
+        false = [count_lesions(f, np.zeros_like(f), FALSE_LESION_MM3 / spacing**3)[2] for f in found]
+        rows[f"{quantile:g}"] = {
+            "threshold": t,
+            "voxels": float(np.mean([f.sum() / i.sum() for f, (_, i) in zip(found, maps)])),
+            "findings_per_scan": float(np.mean(false)),
+        }
+    return rows
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown."""
+    columns = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{row[c]:.4f}" for c in columns) + " |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt_dir", default=str(ROOT / "models"))
+    parser.add_argument("--contrast", default="t1")
+    parser.add_argument("--healthy", required=True, help="prepared dataset: calibration, validation")
+    parser.add_argument("--test", nargs="*", default=[], metavar="NAME=DATASET:SECTION", help="datasets with labels")
+    parser.add_argument("--filter_mm", nargs="*", type=float, default=[3.0])
+    parser.add_argument("--quantile", type=float, default=0.99, help="of healthy scans, the threshold of Dice")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
+    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    args = parser.parse_args()
+    bench = Bench(args.ckpt_dir, args.contrast, args.set)
+    calibration_scans = list(bench.scans(args.healthy, "calibration"))
+    healthy = list(bench.scans(args.healthy, "validation"))
+    tests = {}
+    for test in args.test:
+        name, where = test.split("=", 1)
+        tests[name] = list(bench.scans(*where.rsplit(":", 1)))
+    results: dict[str, Any] = {}
+    for filter_mm in args.filter_mm:
+        channels, images, _ = zip(*calibration_scans)
+        fitted = fit_calibration(channels, images, args.contrast, bench.spacing, filter_mm=filter_mm)
+        key = f"filter {filter_mm:g} mm"
+        results[key] = {"healthy, held out": false_alarms(fitted, healthy, bench.spacing)}
+        for name, scans in tests.items():
+            results[key][name] = measure(fitted, scans, bench.spacing, args.quantile)
+        for name, rows in results[key].items():
+            print(f"\n{args.contrast}, {key}, {name}\n\n{table(rows)}", flush=True)
+    if args.output:
+        write_json(args.output, results)
+
+
+if __name__ == "__main__":
+    main()
