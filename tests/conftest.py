@@ -44,9 +44,9 @@ def cohort(tmp_path_factory) -> Path:
 
 
 def run_bundle(run_id: str, config: str, grid_file: Path, *overrides: str, cwd: Path = ROOT):
-    """`python -m monai.bundle run`, as a user types it; returns the finished process."""
-    files = f"['{ROOT}/configs/{config}.json','{grid_file}']"
-    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", files, *map(str, overrides)]
+    """`python -m monai.bundle run`, as a user types it; returns the finished process. ``config`` may be "one+two"."""
+    files = [*(f"{ROOT}/configs/{name}.json" for name in config.split("+")), str(grid_file)]
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files), *map(str, overrides)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 

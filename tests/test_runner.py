@@ -61,6 +61,45 @@ def test_training_resumes_and_patches_train_too(models, cohort, grid_file, tmp_p
     assert "Epoch[7] Complete" in out and "Epoch[6] Complete" not in out
 
 
+@pytest.fixture(scope="module")
+def anatomies(cohort, tmp_path_factory):
+    """The cohort with label maps of its tissues, cut out of its scans."""
+    folder = tmp_path_factory.mktemp("anatomies")
+    lists = json.loads((cohort / "datalist.json").read_text())
+    for section in ("training", "validation", "calibration"):
+        for item in lists[section]:
+            image = nib.load(cohort / item["image"])
+            scan = image.get_fdata()
+            labels = np.select([scan == 0, scan < 0.4, scan < 0.7], [0, 1, 100], 81)
+            labels[14:18, 14:18, 7:9] = 59
+            item["anatomy_label"] = f"labels/{item['subject']}.nii.gz"
+            write_nifti(folder / item["anatomy_label"], labels, image.affine)
+            item.update({k: str(cohort / item[k]) for k in ("image", "brain_mask")})
+    del lists["test"]
+    (folder / "datalist.json").write_text(json.dumps(lists))
+    return folder
+
+
+def test_a_contrast_that_nobody_scanned_is_made_from_anatomy(anatomies, grid_file, tmp_path):
+    """Written as a dataset; its model is the contrast's own; and the same on the fly."""
+    made, models, out = tmp_path / "made", tmp_path / "models", tmp_path / "out"
+    use = ("--contrast", "t2")
+    written = succeed("synthesis", "synthesis", grid_file, *use, "--dataset_dir", anatomies, "--output_dir", made)
+    assert "6 training, 2 validation, 4 calibration" in written
+    trained = ("--dataset_dir", made, "--ckpt_dir", models)
+    succeed("training", "train", grid_file, *use, *trained, "--max_epochs", 1)
+    (models / "model.pt").rename(models / "model_t2.pt")
+    succeed("calibration", "calibrate", grid_file, *use, *trained)
+    assert (models / "calibration_t2.json").is_file()
+    (models / "model.pt").write_bytes(b"of another contrast")
+    scans = ("--section", "validation", "--dataset_dir", made, "--ckpt_dir", models, "--output_dir", out)
+    succeed("inference", "inference", grid_file, *use, *scans)
+    fly = ("--dataset_dir", anatomies, "--ckpt_dir", tmp_path / "fly", "--max_epochs", 1, "--amp", True)
+    assert "localisation_error_mm" in succeed("training", "train+synthesis", grid_file, *use, *fly)
+    wrong = run_bundle("synthesis", "synthesis", grid_file, "--contrast", "pd", "--dataset_dir", anatomies)
+    assert wrong.returncode == 2 and "contrast 'pd' is unknown" in wrong.stderr.splitlines()[-1]
+
+
 def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
     out = succeed(
         "inference", "inference", grid_file, "--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path

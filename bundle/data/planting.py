@@ -89,7 +89,7 @@ def plant_masks(
     if not files:
         raise InputError(f"{mask_dir}: no lesion masks (.nii, .nii.gz) here")
     rng, folder = np.random.RandomState(seed), Path(output_dir)
-    load = LoadImage(ensure_channel_first=True)
+    load, resample = LoadImage(ensure_channel_first=True), ResampleToMatch(mode="bilinear", padding_mode="zeros")
     grid = load(scans[0]["brain_mask"])
     voxel_ml = float(np.abs(np.linalg.det(grid.affine[:3, :3]))) / 1000
     shapes: list[tuple[float, str, torch.Tensor]] = []
@@ -99,7 +99,7 @@ def plant_masks(
         voxels = (np.linalg.norm(m.affine[:3, :3], axis=0) for m in (grid, mask))
         width = np.maximum(np.divide(*voxels) - 1, 0) / 2
         smooth = MetaTensor(torch.as_tensor(ndimage.gaussian_filter(mask[0].numpy(), width))[None], affine=mask.affine)
-        soft = ResampleToMatch(mode="bilinear", padding_mode="zeros")(smooth, img_dst=grid).as_tensor()
+        soft = torch.as_tensor(np.asarray(resample(smooth, img_dst=grid)))
         if volume_ml[0] <= float(soft.sum()) * voxel_ml <= volume_ml[1]:
             shapes.append((float(soft.sum()), stem(file), soft))
     if not shapes:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
 
-from bundle.inference import PatchLocationInferer
+from bundle.inference import AutocastInferer, PatchLocationInferer
 from bundle.networks import PatchLocator
 from bundle.scoring import anomaly_channels
 from tests.conftest import ellipsoid
@@ -117,3 +117,13 @@ def test_wrong_input_is_refused(network, shape):
         PatchLocationInferer(P)(torch.zeros(1, 1, 9, 9, 2), network)
     with pytest.raises(ValueError, match="precision"):
         PatchLocationInferer(P, precision="float8")
+
+
+def test_autocast_trains_in_bfloat16_on_the_cpu_too():
+    network, image = PatchLocator(patch_size=8, channels=4, features=8), torch.rand(2, 2, 20, 20)
+    network.train()
+    plain, rounded = (AutocastInferer(enabled)(image, network) for enabled in (False, True))
+    assert plain.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), plain, atol=0.1, rtol=0.1)
+    rounded.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
