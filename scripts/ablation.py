@@ -1,7 +1,8 @@
 """Measure every score of a model on the same cases, beside the trivial methods: the tables of docs/results.md.
 
-One pass of the network over each scan serves all rows. Maps and thresholds come from the section "calibration" of the
-healthy dataset, false alarms from its section "validation".
+One pass of the network over each scan serves all rows. Maps and thresholds are those of the model's calibration or, with
+--filter_mm, fitted anew to the section "calibration" of the healthy dataset; false alarms are those of its section
+"validation".
 """
 
 from __future__ import annotations
@@ -121,23 +122,27 @@ def main() -> None:
     parser.add_argument("--contrast", default="t1")
     parser.add_argument("--healthy", required=True, help="prepared dataset: calibration, validation")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME=DATASET:SECTION", help="datasets with labels")
-    parser.add_argument("--filter_mm", nargs="*", type=float, default=[3.0])
-    parser.add_argument("--quantile", type=float, default=0.99, help="of healthy scans, the threshold of Dice")
+    parser.add_argument("--filter_mm", nargs="*", type=float, default=[], help="sigmas to compare")
+    parser.add_argument("--quantile", type=float, default=0.9995, help="of healthy scans, the threshold of Dice")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     bench = Bench(args.ckpt_dir, args.contrast, args.set)
-    calibration_scans = list(bench.scans(args.healthy, "calibration"))
+    if args.filter_mm:
+        channels, images, _ = zip(*bench.scans(args.healthy, "calibration"))
+        calibrations = {
+            f"filter {mm:g} mm": fit_calibration(channels, images, args.contrast, bench.spacing, filter_mm=mm)
+            for mm in args.filter_mm
+        }
+    else:
+        calibrations = {"calibration of the model": bench.parser.get_parsed_content("calibration").load()}
     healthy = list(bench.scans(args.healthy, "validation"))
     tests = {}
     for test in args.test:
         name, where = test.split("=", 1)
         tests[name] = list(bench.scans(*where.rsplit(":", 1)))
     results: dict[str, Any] = {}
-    for filter_mm in args.filter_mm:
-        channels, images, _ = zip(*calibration_scans)
-        fitted = fit_calibration(channels, images, args.contrast, bench.spacing, filter_mm=filter_mm)
-        key = f"filter {filter_mm:g} mm"
+    for key, fitted in calibrations.items():
         results[key] = {"healthy, held out": false_alarms(fitted, healthy, bench.spacing)}
         for name, scans in tests.items():
             results[key][name] = measure(fitted, scans, bench.spacing, args.quantile)

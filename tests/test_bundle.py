@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,3 +120,16 @@ def test_onnx_equals_torch(tmp_path):
     reference = pytest.importorskip("onnx.reference").ReferenceEvaluator(onnx.load(tmp_path / "n.onnx"))
     (out,) = reference.run(None, {"image": image.numpy()})
     torch.testing.assert_close(torch.from_numpy(out), network(image).detach(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
+def test_shipped_weights_fit_the_default_configs(contrast):
+    parsed = workflow("inference", "infer", contrast=contrast)
+    model = Path(parsed.parser.get_parsed_content("ckpt_path"))
+    assert model.name == ("model.pt" if contrast == "t1" else f"model_{contrast}.pt")
+    parsed.network_def.load_state_dict(torch.load(model, weights_only=True), strict=True)
+    calibration = parsed.parser.get_parsed_content("calibration").load()  # refused beside another model or grid
+    assert calibration.contrast == contrast and calibration.provenance["subjects"] >= 15
+    calibration.threshold("location", parsed.parser.get_parsed_content("threshold_quantile"))
+    for file in model.parent.iterdir():
+        assert file.stat().st_size < 10e6, f"{file} is too large to be shipped"

@@ -42,7 +42,7 @@ def trained(cohort, grid_file, tmp_path_factory):
     """The same training by one process and by two with half the batch each; slices are not drawn but evenly spread."""
     folder = tmp_path_factory.mktemp("parallel")
     use = ["--dataset_dir", cohort, "--max_epochs", 4, "--val_interval", 1, "--dense_sampler#random_offset", "False"]
-    use += ["--train#slices#_target_", "bundle.transforms.AxialSlicesd"]
+    use += ["--train#slices#_target_", "bundle.transforms.AxialSlicesd", "--augmentation", "[]"]
     one = ["--ckpt_dir", folder / "one", "--subjects_per_batch", 6, "--train#dataloader#shuffle", "False"]
     two = ["--ckpt_dir", folder / "two", "--subjects_per_batch", 3, "--train#dataloader#sampler#shuffle", "False"]
     return (

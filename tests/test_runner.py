@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT, run_bundle, write_dicom, write_nifti
+from tests.conftest import GRID, ROOT, run_bundle, write_dicom, write_nifti
 
 
 def succeed(*args, **kwargs):
@@ -123,7 +125,7 @@ def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
         inside = source.get_fdata() > 0
         scores, found = heatmap.get_fdata(dtype=np.float32), np.asarray(lesion.dataobj) > 0
         assert (scores[~inside] == scores.min()).all() and not found[~inside].any()
-        threshold = json.loads((models / "calibration_t1.json").read_text())["quantiles"]["location"]["0.99"]
+        threshold = json.loads((models / "calibration_t1.json").read_text())["quantiles"]["location"]["0.9995"]
         np.testing.assert_array_equal(found, inside & (scores > threshold))
         assert float(row["max_score"]) == pytest.approx(scores[inside].max(), abs=1e-3)
         voxel_ml = abs(np.linalg.det(source.affine)) / 1000
@@ -252,3 +254,25 @@ def test_it_runs_from_another_folder(models, cohort, grid_file, tmp_path):
     use = ("--bundle_root", ROOT, "--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", "here")
     succeed("run", "evaluate", grid_file, *use, cwd=tmp_path)
     assert (tmp_path / "here/metrics.json").is_file()
+
+
+def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, grid_file, tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, ROOT / "scripts/ablation.py", "--ckpt_dir", models, "--healthy", cohort]
+    command += ["--test", f"phantoms={cohort}:test", "--filter_mm", "0", "3", "--output", out, "--quantile", 0.99]
+    command += ["--set", *(f"{k}={v}" for k, v in GRID.items())]
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    figures = json.loads(out.read_text())
+    assert set(figures) == {"filter 0 mm", "filter 3 mm"} and "| location |" in result.stdout
+    use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path, "--threshold_quantile", 0.99)
+    succeed("evaluation", "evaluate", grid_file, *use)
+    methods = json.loads((tmp_path / "metrics.json").read_text())["methods"]
+    rows = figures["filter 3 mm"]["phantoms"]
+    for name in ("location", "atlas_z", "intensity", "all_positive"):
+        assert rows[name]["auprc"] == pytest.approx(methods[name]["auprc_mean"], abs=1e-3)
+        assert rows[name]["dice"] == pytest.approx(methods[name]["dice_mean"], abs=1e-2)
+    assert rows["location"] != figures["filter 0 mm"]["phantoms"]["location"]
+    assert 0 <= rows["location"]["recall_at_1_fp"] <= 1
+    alarms = figures["filter 3 mm"]["healthy, held out"]
+    assert alarms["0.9"]["voxels"] >= alarms["0.999"]["voxels"] >= 0
