@@ -1,7 +1,7 @@
 """Measure every score of a model on the same cases, beside the trivial methods: the tables of docs/results.md.
 
-One pass of the network over each scan serves all rows. Maps and thresholds are those of the model's calibration or, with
---filter_mm, fitted anew to the section "calibration" of the healthy dataset; false alarms are those of its section
+One pass of the network over each scan serves all rows. Maps and thresholds are those of the model's calibration, or are
+fitted anew to the section "calibration" of the healthy dataset (--filter_mm); false alarms are those of its section
 "validation".
 """
 
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--healthy", required=True, help="prepared dataset: calibration, validation")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME=DATASET:SECTION", help="datasets with labels")
     parser.add_argument("--filter_mm", nargs="*", type=float, default=[], help="sigmas to compare")
-    parser.add_argument("--quantile", type=float, default=0.9995, help="of healthy scans, the threshold of Dice")
+    parser.add_argument("--quantile", type=float, default=0.9998, help="of healthy scans, the threshold of Dice")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, Orientationd, ResampleToMatch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from sklearn.metrics import average_precision_score
 
 from bundle.data import find_scans, load_atlas, load_recipe
 from bundle.data.atlas import atlas_overlap
+from bundle.scoring import LESION_SIGN
 from bundle.transforms import (
     AlignToAtlasd,
     BrainMaskd,
@@ -153,3 +158,19 @@ def test_registration_beside_ants(tmp_path):
         fixed, to_ants(data["brain_mask"]), found["fwdtransforms"], interpolator="nearestNeighbor"
     )
     assert dice(ours, expected) > dice(theirs.numpy() > 0.5, expected) - 0.01
+
+
+@pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
+def test_shipped_weights_find_a_patients_lesions(contrast, tmp_path):
+    """From the file to the heatmap in its own space, against what chance and the plain intensity reach there."""
+    folder = DATA / "mslub_mni_1mm/patient26"
+    command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
+    command += ["--contrast", contrast, "--dataset_dir", folder / f"{contrast}.nii.gz", "--output_dir", tmp_path]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    heatmap = nib.load(tmp_path / contrast / f"{contrast}_heatmap.nii.gz").get_fdata()
+    scan, lesion = (nib.load(folder / f"{name}.nii.gz").get_fdata() for name in (contrast, "lesion"))
+    inside = (scan > 0) | (lesion > 0)
+    location, chance = average_precision_score(lesion[inside], heatmap[inside]), lesion[inside].mean()
+    intensity = average_precision_score(lesion[inside], scan[inside] * LESION_SIGN[contrast])
+    assert location > REACHED[contrast] * chance, (location, intensity, chance)
