@@ -123,11 +123,12 @@ def main() -> None:
     parser.add_argument("--healthy", required=True, help="prepared dataset: calibration, validation")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME=DATASET:SECTION", help="datasets with labels")
     parser.add_argument("--filter_mm", nargs="*", type=float, default=[], help="sigmas to compare")
-    parser.add_argument("--quantile", type=float, default=0.9998, help="of healthy scans, the threshold of Dice")
+    parser.add_argument("--quantile", type=float, help="of healthy scans, the threshold of Dice; default: the config's")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     bench = Bench(args.ckpt_dir, args.contrast, args.set)
+    quantile = args.quantile or float(bench.parser.get_parsed_content("threshold_quantile"))
     if args.filter_mm:
         channels, images, _ = zip(*bench.scans(args.healthy, "calibration"))
         calibrations = {
@@ -145,7 +146,7 @@ def main() -> None:
     for key, fitted in calibrations.items():
         results[key] = {"healthy, held out": false_alarms(fitted, healthy, bench.spacing)}
         for name, scans in tests.items():
-            results[key][name] = measure(fitted, scans, bench.spacing, args.quantile)
+            results[key][name] = measure(fitted, scans, bench.spacing, quantile)
         for name, rows in results[key].items():
             print(f"\n{args.contrast}, {key}, {name}\n\n{table(rows)}", flush=True)
     if args.output:

@@ -30,6 +30,8 @@ from bundle.transforms import (
 from tests.conftest import CENTER, ROOT, write_nifti
 
 DATA = ROOT.parent / "shared" / "data"
+# least AUPRC of the shipped weights on MSLUB patient26, in multiples of chance; docs/results.md has the figures
+REACHED = {"t1": 8, "t2": 4, "flair": 5}
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real scans in {DATA}")
 
 
@@ -173,4 +175,6 @@ def test_shipped_weights_find_a_patients_lesions(contrast, tmp_path):
     inside = (scan > 0) | (lesion > 0)
     location, chance = average_precision_score(lesion[inside], heatmap[inside]), lesion[inside].mean()
     intensity = average_precision_score(lesion[inside], scan[inside] * LESION_SIGN[contrast])
-    assert location > REACHED[contrast] * chance, (location, intensity, chance)
+    print(f"{contrast}: location {location:.4f}, intensity {intensity:.4f}, chance {chance:.4f}")
+    assert location > REACHED[contrast] * chance
+    assert contrast == "flair" or location > 2 * intensity  # on FLAIR, lesions are simply bright
