@@ -64,10 +64,10 @@ def measure(calibration: Calibration, scans: list, spacing: float, quantile: flo
     """Per score: mean AUPRC and Dice inside the brain, and lesion-wise recall at one false finding a scan."""
     rows: dict[str, dict[str, float]] = {}
     truths = [label for _, _, label in scans]
+    inside = [(image[0].numpy() > 0) | label for _, image, label in scans]
     smallest = FALSE_LESION_MM3 / spacing**3
     for name in SCORES:
         maps = [calibration.score(name, channels, image)[0].numpy() for channels, image, _ in scans]
-        inside = [(image[0].numpy() > 0) | label for _, image, label in scans]
         threshold = calibration.threshold(name, quantile)
         dice = [
             2 * ((m > threshold) & t).sum() / max(((m > threshold) & i).sum() + t.sum(), 1)

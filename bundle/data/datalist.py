@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from bundle.errors import InputError
 
-from .files import is_dicom, is_nifti, read_json, stem
+from .files import is_dicom, is_nifti, read_json, stem, write_volume
 
 VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
@@ -73,6 +76,27 @@ def load_datalist(
         wanted = f"contrast '{contrast}' in '{section}'" if contrast else f"'{section}'"
         raise InputError(f"{file}: no item of {wanted}; it holds {there or 'no sections'}")
     return _named(items)
+
+
+def write_item(
+    dataset_dir: str | Path, name: str, contrast: str, volumes: Mapping[str, torch.Tensor], affine: Any
+) -> dict[str, Any]:
+    """Write the volumes of a prepared item, the image as float32 and masks as bytes, and return its entry for
+    ``datalist.json``.
+
+    Args:
+        dataset_dir: of the dataset.
+        name: of the subject; each volume KEY goes to ``KEYs/NAME.nii.gz``.
+        contrast: of the image.
+        volumes: key -> ``[1, X, Y, Z]``, all on one grid.
+        affine: of that grid.
+    """
+    item: dict[str, Any] = {"subject": name, "contrast": contrast}
+    for key, volume in volumes.items():
+        item[key] = f"{key}s/{name}.nii.gz"
+        array = volume[0].cpu().numpy()
+        write_volume(Path(dataset_dir) / item[key], array.astype(np.float32 if key == "image" else np.uint8), affine)
+    return item
 
 
 def list_scans(

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     Rand3DElastic,
@@ -25,7 +24,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from .atlas import grid_affine, load_atlas
-from .files import write_json, write_volume
+from .datalist import write_item
+from .files import write_json
 from .planting import plant_lesion
 
 # voxels around the grid from which a deformation may bring tissue in
@@ -159,11 +159,6 @@ def make_cohort(
                 image, lesion = plant_blob(image, brain_mask, rng.uniform(*radii_mm), spacing, rng)
                 label = torch.maximum(label, lesion)
             volumes["label"] = label
-        item: dict[str, Any] = {"subject": name, "contrast": "t1"}
-        for key, volume in {"image": image, **volumes}.items():
-            item[key] = f"{key}s/{name}.nii.gz"
-            dtype = np.float32 if key == "image" else np.uint8
-            write_volume(folder / item[key], MetaTensor(volume)[0].numpy().astype(dtype), affine)
-        datalist[section].append(item)
+        datalist[section].append(write_item(folder, name, "t1", {"image": image, **volumes}, affine))
     write_json(folder / "datalist.json", datalist)
     return folder / "datalist.json"

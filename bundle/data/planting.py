@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from bundle.errors import InputError
 
-from .datalist import load_datalist
-from .files import is_nifti, stem, write_json, write_volume
+from .datalist import load_datalist, write_item
+from .files import is_nifti, stem, write_json
 
 # what a lesion's brightness tends to: a quantile of the brain's own intensities, and the range of factors on it.
 # T1w: nearly as dark as fluid; T2w: nearly as bright as fluid; FLAIR: brighter than any healthy tissue.
@@ -116,11 +116,7 @@ def plant_masks(
                 soft = soft.flip(1)  # the grid is symmetric about the midline
             planted, label = plant_lesion(image, brain, soft, contrast, strength, rng)
             name = f"{scan['name']}_{lesion}"
-            item: dict[str, Any] = {"subject": name, "contrast": contrast}
-            for key, volume in {"image": planted, "brain_mask": brain, "label": label}.items():
-                item[key] = f"{key}s/{name}.nii.gz"
-                dtype = np.float32 if key == "image" else np.uint8
-                write_volume(folder / item[key], volume[0].numpy().astype(dtype), volumes["image"].affine)
-            datalist[part].append(item)
+            changed = {"image": planted, "brain_mask": brain, "label": label}
+            datalist[part].append(write_item(folder, name, contrast, changed, volumes["image"].affine))
     write_json(folder / "datalist.json", datalist)
     return folder / "datalist.json"

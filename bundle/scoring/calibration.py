@@ -77,11 +77,17 @@ class Calibration:
             channels: anomaly channels ``[2, H, W, D]``.
             image: normalised intensities ``[1, H, W, D]``, 0 outside the brain.
         """
+        if name not in INTENSITY_SCORES:
+            channels = smooth_inside(channels, image > 0, self.filter_sigma)
+        return self._score_filtered(name, channels, image)
+
+    def _score_filtered(self, name: str, filtered: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """`score` of channels that were filtered already."""
         inside = image > 0
         if name in INTENSITY_SCORES:
             score = (self.standardise("intensity", image) if name == "atlas_z" else image) * LESION_SIGN[self.contrast]
             return fill_outside(score, inside)
-        error, variance = smooth_inside(channels, inside, self.filter_sigma).split(1)
+        error, variance = filtered.split(1)
         if name == "uncalibrated":
             return fill_outside(error + variance, inside)
         error, variance = self.standardise("squared_error", error), self.standardise("variance", variance)
@@ -216,7 +222,7 @@ def fit_calibration(
     for i in everyone:
         others = fit([j for j in everyone if j != i])
         for name, values in scores.items():
-            values.append(others.score(name, channels[i], images[i])[images[i] > 0].numpy())
+            values.append(others._score_filtered(name, smooth[i], images[i])[images[i] > 0].numpy())
     quantiles = {
         name: dict(zip([f"{q:g}" for q in QUANTILES], np.quantile(np.concatenate(v), QUANTILES).astype(float).tolist()))
         for name, v in scores.items()

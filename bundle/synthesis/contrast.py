@@ -56,7 +56,7 @@ class RandTissueContrastd(MapTransform, Randomizable):
     says no more than that brains are not smooth.
 
     Args:
-        keys: tissue shares ``[4, X, Y, Z]`` of `TissueFractionsd`.
+        keys: tissue shares ``[4, X, Y, Z]`` of `TissueFractionsd`, a `MetaTensor` as all here.
         contrast: one of `TISSUE_ORDER`.
         variation: relative, of a tissue's brightness from place to place.
         texture: largest weight of ``texture``, if there is one.
@@ -77,8 +77,7 @@ class RandTissueContrastd(MapTransform, Randomizable):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        tissue = torch.as_tensor(d[self.keys[0]])
-        share = tissue.as_tensor() if isinstance(tissue, MetaTensor) else tissue
+        share = d[self.keys[0]].as_tensor()
         brightness = draw_brightness(self.contrast, self.R)
         coarse = torch.as_tensor(self.R.uniform(-1, 1, (1, len(TISSUES), 4, 4, 4)), dtype=share.dtype)
         field = F.interpolate(coarse.to(share.device), share.shape[1:], mode="trilinear", align_corners=True)[0]
@@ -86,10 +85,8 @@ class RandTissueContrastd(MapTransform, Randomizable):
         image = (share * (mean.view(-1, 1, 1, 1) * (1 + self.variation * field))).sum(0, keepdim=True)
         weight = self.R.uniform(-self.texture, self.texture)
         if "texture" in d:
-            image = image + weight * torch.as_tensor(d["texture"]).to(image) * (max(mean) - min(mean))
+            image = image + weight * d["texture"].as_tensor() * (max(mean) - min(mean))
         inside = share.sum(0, keepdim=True) > 0
         image = torch.where(inside, image.clamp(min=1e-3), 0.0)
-        d[self.image_key] = MetaTensor(image)
-        if isinstance(tissue, MetaTensor):
-            d[self.image_key].copy_meta_from(tissue)
+        d[self.image_key] = MetaTensor(image).copy_meta_from(d[self.keys[0]])
         return d

@@ -46,17 +46,17 @@ class RandThickSlicesd(RandomizableTransform, MapTransform):
             return d
         axis = 2 if self.R.rand() < self.axial else self.R.randint(2)
         factor = self.R.uniform(*self.thickness_mm) / self.spacing
+        if factor <= 1:
+            return d
         for key in self.key_iterator(d):
-            volume = torch.as_tensor(d[key])
-            if factor <= 1:
-                continue
+            volume = d[key].as_tensor()
             inside = (volume > 0).to(volume)
             size = list(volume.shape[1:])
             slices = [max(1, round(n / factor)) if i == axis else n for i, n in enumerate(size)]
-            blurred = torch.stack([volume, inside]).as_subclass(torch.Tensor)
+            blurred = torch.stack([volume, inside])
             blurred = F.interpolate(F.interpolate(blurred, slices, mode="area"), size, mode="trilinear")
             image = torch.where(inside > 0, blurred[0] / blurred[1].clamp(min=1e-3), 0.0)
-            d[key] = MetaTensor(image).copy_meta_from(volume) if isinstance(volume, MetaTensor) else image
+            d[key] = MetaTensor(image).copy_meta_from(d[key])
         return d
 
 
@@ -81,13 +81,12 @@ class RandSkullStripErrord(RandomizableTransform, MapTransform):
         if not self._do_transform:
             return d
         for key in self.key_iterator(d):
-            mask = torch.as_tensor(d[key])
-            plain = (mask > 0).float().as_subclass(torch.Tensor)
-            core = -F.max_pool3d(-plain, 2 * depth + 1, 1, depth)  # further than `depth` voxels from the surface
+            mask = (d[key].as_tensor() > 0).float()
+            core = -F.max_pool3d(-mask, 2 * depth + 1, 1, depth)  # further than `depth` voxels from the surface
             if depth == 1:
                 kept = core
             else:
-                csf = torch.as_tensor(d[self.tissue_key])[TISSUES.index("csf")].as_subclass(torch.Tensor)
-                kept = plain * ((core > 0) | (csf[None] < fluid))
-            d[key] = MetaTensor(kept).copy_meta_from(mask) if isinstance(mask, MetaTensor) else kept
+                csf = d[self.tissue_key].as_tensor()[TISSUES.index("csf")]
+                kept = mask * ((core > 0) | (csf[None] < fluid))
+            d[key] = MetaTensor(kept).copy_meta_from(d[key])
         return d

@@ -79,15 +79,15 @@ class TissueFractionsd(MapTransform):
             raise InputError(f"{name}: holds no label of {missing}; is '{self.scheme}' its scheme?")
         hard[0] |= inside & ~hard.any(0)
         expected = np.stack([ndimage.gaussian_filter(h.astype(np.float32), self.blur) for h in hard])
-        texture = np.zeros_like(expected[:1])
-        if self.image_key in d:
+        has_scan = self.image_key in d
+        if has_scan:
             scan = d[self.image_key].as_tensor()[0].numpy()
             median = np.array([np.median(scan[h]) for h in hard])
             scale = max(float(median[3] - median[0]), 1e-6)
             distance = (scan - median[:, None, None, None]) / scale
             expected = (expected + 1e-3 * hard) * np.exp(-0.5 * (6 * distance) ** 2) + 1e-6 * hard
         share = expected / np.maximum(expected.sum(0), 1e-12) * inside
-        if self.image_key in d:
+        if has_scan:
             texture = ((scan - np.tensordot(median, share, 1)) / scale * inside)[None]
             d["texture"] = MetaTensor(torch.as_tensor(texture, dtype=torch.float32)).copy_meta_from(labels)
         d["tissue"] = MetaTensor(torch.as_tensor(share, dtype=torch.float32)).copy_meta_from(labels)

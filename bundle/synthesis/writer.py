@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from monai.transforms import Compose
 from tqdm import tqdm
 
 from bundle.data import load_datalist
-from bundle.data.files import read_json, write_json, write_volume
+from bundle.data.datalist import write_item
+from bundle.data.files import read_json, write_json
 from bundle.errors import InputError
 
 
@@ -63,11 +63,8 @@ def write_scans(
                 appearance.set_random_state(seed=(seed * 10 + number) * 1_000_000 + place * 1000 + repeat)
                 scan = appearance(dict(shares))
                 name = f"{item['subject']}_{contrast}_{repeat}"
-                made: dict[str, Any] = {"subject": name, "contrast": contrast}
-                for key, kind in (("image", np.float32), ("brain_mask", np.uint8)):
-                    made[key] = f"{key}s/{name}.nii.gz"
-                    write_volume(folder / made[key], scan[key][0].cpu().numpy().astype(kind), scan[key].affine.cpu())
-                datalist[section].append(made)
+                volumes = {key: scan[key] for key in ("image", "brain_mask")}
+                datalist[section].append(write_item(folder, name, contrast, volumes, scan["image"].affine.cpu()))
     if not datalist:
         raise InputError(f"{dataset_dir}: none of {', '.join(sections)} in its datalist.json")
     write_json(folder / "datalist.json", datalist)
