@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from bundle.metrics import CASE_METRICS
 from tests.conftest import GRID, ROOT, run_bundle, write_dicom, write_nifti
 
 
@@ -190,7 +191,7 @@ def test_evaluation_survives_a_bad_scan_and_any_score(models, cohort, grid_file,
     assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
     assert "broken.nii.gz: cannot be read" in result.stderr.splitlines()[-1]
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert list(metrics["methods"]) == ["atlas_z", "intensity", "all_positive"]
+    assert list(metrics["methods"]) == ["atlas_z", "location", "intensity", "intensity_opposite", "all_positive"]
     assert list(metrics["cases"]) == [bad["subject"]] and len(metrics["failed"]) == 1
 
 
@@ -201,7 +202,7 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
     succeed("evaluation", "evaluate", grid_file, *use)
     succeed("inference", "inference", grid_file, *use)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(metrics["methods"]) == {"location", "atlas_z", "intensity", "all_positive"}
+    assert set(metrics["methods"]) == {"location", "atlas_z", "intensity", "intensity_opposite", "all_positive"}
     assert "healthy" in metrics["threshold"]["chosen_by"] and metrics["cases_with_lesions"] == 2
     scores, labels, dices = [], [], []
     for item in json.loads((cohort / "datalist.json").read_text())["test"]:
@@ -223,7 +224,95 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
     assert method["auprc_pooled"] == pytest.approx(pooled, abs=1e-5)
     assert method["dice_mean"] == pytest.approx(np.mean(dices), abs=1e-5)
     table = rows(tmp_path / "metrics.csv")
-    assert len(table) == 2 * 4 and set(table[0]) == {"case", "method", "auprc", "dice"}
+    assert len(table) == 2 * 5 and set(table[0]) == {"case", "method", *CASE_METRICS}
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 + 3 and "http" not in page.replace("http-equiv", "")
+    assert (
+        "upper bound" in page and "frozen on healthy scans" in page and '"model_sha256"' in page.replace("&#34;", '"')
+    )
+
+
+@pytest.fixture(scope="module")
+def fused(models, cohort, grid_file, tmp_path_factory):
+    """The same model with a reconstruction network and a map of somebody else's beside it, calibrated for a fusion."""
+    folder = tmp_path_factory.mktemp("fused")
+    (folder / "model.pt").write_bytes((models / "model.pt").read_bytes())
+    maps = folder / "maps of others"
+    for section in json.loads((cohort / "datalist.json").read_text()).values():
+        for item in section:
+            image = nib.load(cohort / item["image"])
+            brain = image.get_fdata()
+            write_nifti(maps / f"{item['subject']}.nii.gz", (0.5 - brain) ** 2 * (brain > 0), image.affine)
+    use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
+    out = succeed("training", "train_reconstruction", grid_file, *use, "--max_epochs", 2)
+    assert "reconstruction_error" in out
+    fusion = ("--fusion_weights", "{'location': 1, 'reconstruction': 1, 'theirs': 0.5}")
+    fusion += ("--fusion_maps", str({"theirs": str(maps)}))
+    succeed("calibration", "calibrate", grid_file, *use, *fusion)
+    return folder, fusion
+
+
+def test_fusion_of_our_maps_and_others(fused, cohort, grid_file, tmp_path):
+    """Every method in one table; tuned on other patients; healthy people beside; masks as the inference writes them."""
+    folder, fusion = fused
+    lists = json.loads((cohort / "datalist.json").read_text())
+    data = tmp_path / "data"
+    for key in ("image", "brain_mask", "label"):
+        for item in lists["test"]:
+            item[key] = str(cohort / item[key])
+    data.mkdir()
+    (data / "datalist.json").write_text(json.dumps({"test": lists["test"][:1], "tuning": lists["test"][1:]}))
+    use = ("--ckpt_dir", folder, "--score", "fusion", *fusion)
+    evaluate = (*use, "--dataset_dir", data, "--healthy_dir", cohort, "--output_dir", tmp_path / "out")
+    out = succeed("evaluation", "evaluate", grid_file, *evaluate)
+    assert "[4/4] healthy" in out
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert list(metrics["methods"]) == [
+        *("fusion", "location", "reconstruction", "theirs", "atlas_z", "intensity", "intensity_opposite"),
+        "all_positive",
+    ]
+    (case,) = metrics["cases"].values()
+    assert metrics["tuning_cases"] == 1 and metrics["healthy_cases"] == 2
+    assert 0 <= case["fusion"]["dice_tuned"] <= case["fusion"]["dice_best"]
+    assert metrics["methods"]["fusion"]["healthy"]["scans"] == 2
+    assert metrics["settings"]["fusion"] == "sum of 1 location, 1 reconstruction, 0.5 theirs"
+    succeed("inference", "inference", grid_file, *use, "--dataset_dir", data, "--output_dir", tmp_path / "scans")
+    (name,) = metrics["cases"]
+    found = nib.load(tmp_path / f"scans/{name}/{name}_lesion.nii.gz").get_fdata()
+    label = nib.load(lists["test"][0]["label"]).get_fdata()
+    dice = 2 * (found * label).sum() / (found.sum() + label.sum())
+    assert case["fusion"]["dice"] == pytest.approx(dice, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--fusion_rule", "product"], "no threshold of the fusion 'product of 1 location, 1 reconstruction"),
+        (["--fusion_rule", "average"], "fusion_rule 'average' is unknown"),
+        (["--fusion_maps", "{'theirs': 'nowhere'}"], "its map 'theirs' is not there (nowhere/"),
+        (["--fusion_weights", "{'location': 1, 'magic': 1}", "--threshold", "2"], "no map 'magic' in the calibration"),
+        (["--space", "moon"], "space 'moon' is unknown"),
+    ],
+)
+def test_mistakes_with_fusions_get_one_line(fused, cohort, grid_file, tmp_path, overrides, message):
+    folder, fusion = fused
+    use = ("--dataset_dir", cohort, "--ckpt_dir", folder, "--output_dir", tmp_path, "--score", "fusion")
+    given = dict(zip(fusion[::2], fusion[1::2])) | dict(zip(overrides[::2], overrides[1::2]))
+    result = run_bundle("evaluation", "evaluate", grid_file, *use, *(v for pair in given.items() for v in pair))
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert message in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_reconstruction_model_is_refused(fused, cohort, grid_file, tmp_path):
+    folder, fusion = fused
+    for file in folder.glob("*.*"):
+        if file.is_file():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = torch.load(folder / "reconstruction_t1.pt", weights_only=True)
+    torch.save({k: v + 1 for k, v in weights.items()}, tmp_path / "reconstruction_t1.pt")
+    result = run_bundle("evaluation", "evaluate", grid_file, "--dataset_dir", cohort, "--ckpt_dir", tmp_path, *fusion)
+    assert result.returncode == 2 and "another reconstruction model" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

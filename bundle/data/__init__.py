@@ -1,12 +1,13 @@
 from .atlas import Atlas, grid_affine, load_atlas
 from .cohort import Recipe, find_scans, load_recipe, prepare_cohort, split_people
 from .collate import collate_samples
-from .datalist import list_scans, load_datalist, require_dataset
+from .datalist import evaluation_items, list_scans, load_datalist, require_dataset
 
 __all__ = [
     "Atlas",
     "Recipe",
     "collate_samples",
+    "evaluation_items",
     "find_scans",
     "grid_affine",
     "list_scans",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 import yaml
+from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
 from tqdm import tqdm
 
@@ -27,7 +29,9 @@ from .atlas import atlas_overlap, load_atlas
 from .datalist import VOLUME_KEYS
 from .files import read_json, write_json, write_volume
 
-SECTIONS = ("training", "validation", "calibration", "test")
+SECTIONS = ("training", "validation", "calibration", "tuning", "test")
+# of the items that are written; part of what a prepared scan was made from
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Recipe:
         ignored_labels: values of the label that are neither lesion nor healthy: left out when methods are scored.
         person: regular expression on the subject; what it matches tells people apart, so that rescans of one stay
             together. Default: all of ``{subject}``, without the session.
-        splits: section -> number of people, or "rest".
+        splits: section -> number of people, or "rest". "tuning" are patients on whom thresholds may be chosen.
     """
 
     images: dict[str, str | list[str]]
@@ -198,7 +202,7 @@ class Preparation:
 
     def _made_from(self, scan: Mapping[str, str]) -> str:
         files = {k: [Path(scan[k]).stat().st_size, Path(scan[k]).stat().st_mtime] for k in VOLUME_KEYS if k in scan}
-        return hashlib.sha256(json.dumps([dict(self.settings), files], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([_FORMAT, dict(self.settings), files], sort_keys=True).encode()).hexdigest()
 
     def __call__(self, scan: Mapping[str, str]) -> dict[str, Any]:
         """Run one scan through the chain, save it, and return its item for ``datalist.json``.
@@ -233,9 +237,17 @@ class Preparation:
             for file in (*item.values(), sheet):  # all of a scan's files, or none
                 (self.dataset_dir / file).unlink(missing_ok=True)
             raise
-        item.update(subject=scan["subject"], contrast=scan["contrast"], atlas_overlap=round(overlap, 4))
+        item.update(subject=scan["subject"], person=scan["person"], contrast=scan["contrast"])
+        item.update(atlas_overlap=round(overlap, 4), to_atlas=_to_atlas(data["image"]).tolist())
+        item["source"] = {k: os.path.relpath(scan[k], self.dataset_dir) for k in ("image", "label") if k in scan}
         write_json(record, {"item": item, "made_from": made_from})
         return item
+
+
+def _to_atlas(image: MetaTensor) -> np.ndarray:
+    """4x4 matrix from the world of the scan, as it was, to the atlas': what its registration left in the history."""
+    steps = [step["extra_info"].get("scan_to_atlas") for step in image.applied_operations if "extra_info" in step]
+    return np.array(next((matrix for matrix in steps if matrix is not None), np.eye(4)), float)
 
 
 def _read_record(file: Path) -> dict[str, Any]:

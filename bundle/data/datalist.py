@@ -29,7 +29,11 @@ def require_dataset(dataset_dir: str | Path) -> None:
 
 
 def load_datalist(
-    dataset_dir: str | Path, section: str, contrast: str | None = None, require: Sequence[str] = ()
+    dataset_dir: str | Path,
+    section: str,
+    contrast: str | None = None,
+    require: Sequence[str] = (),
+    maps: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Items of one section of a prepared dataset, with absolute paths and a unique ``name``; other keys are kept.
 
@@ -38,6 +42,7 @@ def load_datalist(
         section: "training", "validation", "calibration" or "test".
         contrast: keep the items of this contrast and those that name none; None keeps all.
         require: keys that every item must have, besides ``image``.
+        maps: other methods' maps to add to each item, see `add_maps`.
 
     Raises:
         InputError: no such list, an empty section, an item without what it needs, a file that is not there.
@@ -70,12 +75,78 @@ def load_datalist(
             if not path.is_file():
                 raise InputError(f"{path}: not found, but named as '{key}' by {where}")
             item[key] = str(path)
+        if "to_atlas" in item:  # arrays pass a data loader whole, lists come out in pieces
+            item["to_atlas"] = np.array(item["to_atlas"], float)
+        if "ignored_labels" in item:
+            item["ignored_labels"] = np.array(item["ignored_labels"])
+        if "source" in item:
+            item["source"] = {key: str(Path(dataset_dir) / file) for key, file in dict(item["source"]).items()}
+        given = item.get("fusion_maps", {})
+        item["fusion_maps"] = {name: str(Path(dataset_dir) / file) for name, file in dict(given).items()}
         items.append(item)
     if not items:
         there = {k: len(v) for k, v in content.items() if isinstance(v, list)}
         wanted = f"contrast '{contrast}' in '{section}'" if contrast else f"'{section}'"
         raise InputError(f"{file}: no item of {wanted}; it holds {there or 'no sections'}")
-    return _named(items)
+    return add_maps(_named(items), maps or {})
+
+
+def add_maps(items: list[dict[str, Any]], maps: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Items with the path of another method's map under each name in ``maps``.
+
+    Args:
+        items: with a ``name`` each; one may list its own files in ``fusion_maps`` (name of the map -> path).
+        maps: name of the map -> folder with a file ``NAME.nii.gz`` (or ``.nii``) for each scan NAME, on the scan's
+            voxels; an empty folder's name stands for the items' own lists.
+
+    Raises:
+        InputError: a scan has no such file.
+    """
+    added = []
+    for item in items:
+        own = item.get("fusion_maps", {})
+        item = {key: value for key, value in item.items() if key != "fusion_maps"}
+        for name, folder in maps.items():
+            places = [Path(folder) / f"{item['name']}{ending}" for ending in (".nii.gz", ".nii")] if folder else []
+            found = next((p for p in ([Path(own[name])] if name in own else []) + places if p.is_file()), None)
+            if found is None:
+                wanted = own.get(name) or (str(places[0]) if places else "'fusion_maps' of its item in datalist.json")
+                raise InputError(f"{item['image']}: its map '{name}' is not there ({wanted})")
+            item[name] = str(found)
+        added.append(item)
+    return added
+
+
+def evaluation_items(
+    dataset_dir: str | Path,
+    section: str,
+    contrast: str,
+    tuning_section: str = "tuning",
+    healthy_dir: str | Path = "",
+    healthy_section: str = "validation",
+    maps: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """What an evaluation looks at, each item with its ``purpose``.
+
+    "test": the scans with lesions that the figures are about. "tuning": others with lesions, on which a threshold may
+    be chosen, if the dataset has such a section. "healthy": scans of healthy people, in which every finding is false.
+
+    Args:
+        dataset_dir, section, contrast, maps: see `load_datalist`.
+        tuning_section: left out where the dataset has none, or where it is what is tested.
+        healthy_dir, healthy_section: another prepared dataset; an empty name gives none.
+
+    Raises:
+        InputError: as of `load_datalist`; a test or tuning item without a label.
+    """
+    parts = [("test", load_datalist(dataset_dir, section, contrast, ["label"], maps))]
+    content = read_json(Path(dataset_dir) / "datalist.json", "list of the dataset") if dataset_dir else {}
+    if tuning_section != section and any(
+        i.get("contrast", contrast) == contrast for i in content.get(tuning_section, [])
+    ):
+        parts.append(("tuning", load_datalist(dataset_dir, tuning_section, contrast, ["label"], maps)))
+    parts.append(("healthy", load_datalist(healthy_dir, healthy_section, contrast, maps=maps)))
+    return [{**item, "purpose": purpose} for purpose, items in parts for item in items]
 
 
 def write_item(
@@ -100,7 +171,11 @@ def write_item(
 
 
 def list_scans(
-    path: str | Path, brain_mask: str | Path | None = None, section: str = "test", contrast: str | None = None
+    path: str | Path,
+    brain_mask: str | Path | None = None,
+    section: str = "test",
+    contrast: str | None = None,
+    maps: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Scans to run inference on.
 
@@ -110,7 +185,7 @@ def list_scans(
         path: a NIfTI file; a prepared dataset, of which ``section`` is taken; or a folder with scans in it or below:
             NIfTI files, where NAME_brain_mask and NAME_lesion belong to NAME, and folders with a DICOM series each.
         brain_mask: mask of the scan, for a single file.
-        section, contrast: as in `load_datalist`.
+        section, contrast, maps: as in `load_datalist`.
 
     Raises:
         InputError: nothing there, or a mask for many scans.
@@ -119,9 +194,9 @@ def list_scans(
         return []
     path = Path(path)
     if (path / "datalist.json").is_file():
-        items = [{**item, "prepared": True} for item in load_datalist(path, section, contrast)]
+        items = [{**item, "prepared": True} for item in load_datalist(path, section, contrast, maps=maps)]
     elif path.is_dir():
-        items = _list_folder(path)
+        items = add_maps(_list_folder(path), maps or {})
     elif not path.exists():
         raise InputError(f"{path}: not found; --dataset_dir takes a scan, a folder of scans or a prepared dataset")
     elif is_dicom(path):
@@ -129,7 +204,7 @@ def list_scans(
     elif not is_nifti(path):
         raise InputError(f"{path}: not a NIfTI file (.nii, .nii.gz)")
     else:
-        items = _named([{"image": str(path)}])
+        items = add_maps(_named([{"image": str(path)}]), maps or {})
     if brain_mask:
         if len(items) != 1:
             raise InputError(f"{brain_mask}: one brain mask cannot serve {len(items)} scans; run them one by one")

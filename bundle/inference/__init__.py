@@ -1,4 +1,5 @@
 from .inferer import AutocastInferer, PatchLocationInferer
+from .reconstruction import ReconstructionMapd
 from .scans import ScanDataset, ScanEvaluator
 
-__all__ = ["AutocastInferer", "PatchLocationInferer", "ScanDataset", "ScanEvaluator"]
+__all__ = ["AutocastInferer", "PatchLocationInferer", "ReconstructionMapd", "ScanDataset", "ScanEvaluator"]

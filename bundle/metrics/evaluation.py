@@ -1,107 +1,133 @@
-"""The methods that an evaluation compares, and the metrics it takes of each."""
+"""The methods that an evaluation compares, on the atlas grid or in the scan's own space."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
-from ignite.metrics import Metric
+import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.handlers import IgniteMetricHandler
-from monai.metrics import DiceMetric
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, ResampleToMatch
 
 from bundle.errors import InputError
-from bundle.parallel import gather
-from bundle.scoring import INTENSITY_SCORES, CalibrationFile
+from bundle.scoring import INTENSITY_SCORES, CalibrationFile, FindLesionsd, score_of
+from bundle.transforms import FillOutsided, IgnoreLabelsd, KeepVolumed, LoadScand, MaskOutsided
 
-from .auprc import AUPRCMetric
+from .case import CaseMeasures, measure_case
 
 # what every table shows beside the method: anything else may be worse than doing nothing
 BASELINES = (*INTENSITY_SCORES, "all_positive")
+SPACES = ("atlas", "native")
 
 
-class BaselineMapsd(MapTransform):
-    """Add ``heatmap_NAME`` and ``lesion_NAME`` of each of `BASELINES`.
+class CompareMethodsd(MapTransform):
+    """Add ``heatmap_NAME`` and ``lesion_NAME`` of every method that the score is compared with.
 
-    ``intensity``: bright (T2w, FLAIR) or dark (T1w) is abnormal; ``atlas_z``: unusually bright or dark for its place;
-    ``all_positive``: the whole brain is lesion, whose AUPRC is the lesions' share of the brain. The first two are cut
-    at the same quantile of healthy scans as the method, without further clean-up.
+    These are the parts of a fusion, the reconstruction residual where its map is calibrated and there, and `BASELINES`:
+    ``intensity`` (dark is abnormal on T1w, bright on T2w and FLAIR), ``intensity_opposite`` (its other tail),
+    ``atlas_z`` (unusually dark or bright for its place), ``all_positive`` (the whole brain, whose AUPRC is the lesions'
+    share of it). Each is cut at the same quantile of healthy scans and cleaned of small findings, as the score is.
 
     Args:
         keys: anomaly channels ``[2, H, W, D]`` (one key).
+        find_lesions: cuts the score's heatmap.
         calibration: of the model and contrast.
-        quantile: of healthy scores, the threshold.
         image_key: the normalised image.
     """
 
     def __init__(
-        self, keys: KeysCollection, calibration: CalibrationFile, quantile: float, image_key: str = "image"
+        self, keys: KeysCollection, find_lesions: FindLesionsd, calibration: CalibrationFile, image_key: str = "image"
     ) -> None:
         super().__init__(keys)
-        self.calibration, self.quantile, self.image_key = calibration, quantile, image_key
+        self.find_lesions, self.calibration, self.image_key = find_lesions, calibration, image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        channels, image = (d[k].as_tensor().cpu().float() for k in (self.keys[0], self.image_key))
-        calibration = self.calibration.load()
-        for name in BASELINES:
+        calibration, score = self.calibration.load(), self.find_lesions.score
+        parts = calibration.fusion.weights if score == "fusion" and calibration.fusion else ["location"]
+        brought = [name for name in calibration.extra_maps if name in d]
+        for name in dict.fromkeys([*parts, *brought, *BASELINES]):
+            if name == score:
+                continue
             if name == "all_positive":
-                heatmap = (image > 0).float()
-                threshold = 0.5
+                brain = MetaTensor((d[self.image_key].as_tensor().cpu() > 0).float()).copy_meta_from(d[self.image_key])
+                d[f"heatmap_{name}"] = d[f"lesion_{name}"] = brain
             else:
-                heatmap = calibration.score(name, channels, image)
-                threshold = calibration.threshold(name, self.quantile)
-            d[f"heatmap_{name}"] = MetaTensor(heatmap).copy_meta_from(d[self.image_key])
-            d[f"lesion_{name}"] = MetaTensor((heatmap > threshold).float()).copy_meta_from(d[self.image_key])
+                d[f"heatmap_{name}"] = score_of(name, calibration, d, self.keys[0], self.image_key)
+                threshold = calibration.threshold(name, self.find_lesions.quantile)
+                d[f"lesion_{name}"] = self.find_lesions.cut(d[f"heatmap_{name}"], threshold)
         return d
 
 
-class CaseMetricHandler(IgniteMetricHandler):
-    """MONAI's metric handler for cases of which all may have failed: NaN then, instead of an error."""
-
-    def compute(self) -> Any:
-        empty = gather([self.metric_fn._buffers is None])
-        if all(empty):
-            return float("nan")
-        if any(empty):  # MONAI's metrics would wait for that process for ever
-            raise InputError(f"{sum(empty)} of {len(empty)} processes had no scan to measure; start fewer")
-        return super().compute()
+def method_keys(data: Mapping[Hashable, Any], score: str) -> dict[str, tuple[str, str]]:
+    """Method -> keys of its heatmap and its lesion mask, the score's own first."""
+    others = [str(key).removeprefix("heatmap_") for key in data if str(key).startswith("heatmap_")]
+    return {score: ("heatmap", "lesion"), **{n: (f"heatmap_{n}", f"lesion_{n}") for n in others}}
 
 
-def inside_brain(key: str) -> Callable[[Sequence[Mapping[str, Any]]], tuple[list, list]]:
-    """Output transform for a metric: ``key`` and the label at the brain voxels of each case, ``[1, N]`` each.
+class ToSpaced(MapTransform):
+    """Bring heatmaps, masks and the image from the atlas grid to where the metrics are taken.
 
-    Brain is where the image is above 0. Lesion voxels outside it, but on the grid, are kept, with whatever low value
-    ``key`` has there: they count as missed, not as if they did not exist. Labels below 0 are ignored; failed scans are
-    left out.
+    "atlas": they stay. "native": to the voxels of the scan's own label (of the scan itself where there is none), which
+    is loaded anew and replaces ``label``. That scan is the one that a prepared item was made from (its ``source``, by
+    the inverse of ``to_atlas``), or, prepared elsewhere, the item's own file.
+
+    Args:
+        keys: any heatmap (one key); all others of `method_keys` come along.
+        space: one of `SPACES`.
+
+    Raises:
+        InputError: another space, or a source that is not there any more.
     """
 
-    def extract(output: Sequence[Mapping[str, Any]]) -> tuple[list, list]:
-        y_pred, y = [], []
-        for case in output:
-            if "failure" in case:
-                continue
-            truth = case["label"].as_tensor().cpu()
-            label = truth > 0
-            keep = ((case["image"].as_tensor().cpu() > 0) | label) & (truth >= 0)
-            y_pred.append(case[key].as_tensor().cpu()[keep][None])
-            y.append(label[keep][None].float())
-        return y_pred, y
+    def __init__(self, keys: KeysCollection, space: str) -> None:
+        super().__init__(keys)
+        if space not in SPACES:
+            raise InputError(f"space '{space}' is unknown: use one of {', '.join(SPACES)}")
+        self.space, self.load = space, LoadScand("scan")
+        self.resample = ResampleToMatch(mode="bilinear", padding_mode="zeros")
 
-    return extract
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = {key: value for key, value in data.items() if value is not None}  # MONAI's engine gives label None if none
+        if self.space == "atlas":
+            return d
+        source = dict(d.get("source", {})) or {k: d[k].meta["filename_or_obj"] for k in ("label", "image") if k in d}
+        file = source.get("label") or source["image"]
+        if not Path(file).exists():
+            raise InputError(f"{file}: the scan as it was is gone; evaluate with --space atlas or prepare it again")
+        target = self.load({"scan": file})["scan"]
+        to_atlas = np.asarray(d.get("to_atlas", np.eye(4)), float)
+        methods = method_keys(d, "score").values()
+        heatmaps, lesions = ([keys[i] for keys in methods] for i in (0, 1))
+        d["brain"] = MetaTensor((d["image"].as_tensor().cpu() > 0).float()).copy_meta_from(d["image"])
+        d = MaskOutsided(heatmaps, "brain")(d)
+        for key in ("image", "brain", *heatmaps, *lesions):
+            volume = MetaTensor(
+                d[key].as_tensor().cpu().float(), affine=np.linalg.inv(to_atlas) @ d[key].affine.numpy()
+            )
+            d[key] = self.resample(volume, img_dst=target)
+        d = KeepVolumed(lesions)(FillOutsided(heatmaps, "brain")(d))
+        d["image"] = d["image"].clamp(min=1e-3) * d["brain"]
+        if "label" in source:
+            d["label"] = target
+            d = IgnoreLabelsd("label")(d)
+        else:
+            d.pop("label", None)
+        return d
 
 
-def comparison_metrics() -> dict[str, Metric]:
-    """AUPRC (per case and pooled) and Dice of the method and of each baseline, for an evaluator's metrics.
-
-    Named ``auprc``, ``auprc_pooled``, ``dice``, and the same with ``_NAME`` for a baseline.
-    """
-    metrics: dict[str, Any] = {}
-    for suffix in ("", *(f"_{name}" for name in BASELINES)):
-        heatmap, lesion = inside_brain(f"heatmap{suffix}"), inside_brain(f"lesion{suffix}")
-        metrics[f"auprc{suffix}"] = CaseMetricHandler(AUPRCMetric(), output_transform=heatmap)
-        metrics[f"auprc_pooled{suffix}"] = CaseMetricHandler(AUPRCMetric(pooled=True), output_transform=heatmap)
-        metrics[f"dice{suffix}"] = CaseMetricHandler(DiceMetric(), output_transform=lesion)
-    return metrics
+def measure_methods(data: Mapping[Hashable, Any], score: str) -> dict[str, CaseMeasures]:
+    """All methods of one scan measured; its brain is where ``image`` is above 0, no ``label`` means no lesion."""
+    image = data["image"]
+    brain = image.as_tensor().cpu().numpy()[0] > 0
+    label = data["label"].as_tensor().cpu().numpy()[0] if "label" in data else np.zeros(brain.shape)
+    spacing = np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0).tolist()
+    volumes = {
+        key: data[key].as_tensor().cpu().numpy()[0] for keys in method_keys(data, score).values() for key in keys
+    }
+    return {
+        name: measure_case(volumes[heatmap], volumes[lesion] > 0, label, brain, spacing)
+        for name, (heatmap, lesion) in method_keys(data, score).items()
+    }

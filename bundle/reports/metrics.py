@@ -1,48 +1,46 @@
-"""What evaluation leaves behind: ``metrics.json`` and ``metrics.csv``."""
+"""What evaluation leaves behind: ``metrics.json``, ``metrics.csv`` and ``report.html``."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import monai
+import torch
 from ignite.engine import Engine, Events
 
+import bundle
 from bundle.data.files import write_json
 from bundle.errors import InputError
-from bundle.metrics import BASELINES
+from bundle.metrics import CASE_METRICS, Case, measure_methods, summarise
 from bundle.parallel import gather, is_main
 from bundle.scoring import FindLesionsd
 
 from .findings import as_list, write_table
-
-_PER_CASE = ("auprc", "dice")
-
-
-def _number(value: Any) -> float | None:
-    """A float for JSON, None for NaN (a case or cohort without lesions has no AUPRC and no Dice)."""
-    value = float(value)
-    return None if math.isnan(value) else value
+from .html import Strip, write_report
 
 
 class SaveMetrics:
-    """Handler: write the metrics of `bundle.metrics.comparison_metrics`, per case and as means, and print a table.
+    """Handler: measure every method on every scan, and at the end write the figures and print a table.
 
-    ``metrics.json`` holds ``methods`` (name -> mean AUPRC, pooled AUPRC, mean Dice), ``cases`` (name -> method ->
-    AUPRC, Dice; null without lesions), ``threshold`` with how it was chosen, and the settings. ``metrics.csv`` has one
-    row per case and method.
+    ``metrics.json`` holds ``methods`` (name -> figures of the cohort), ``cases`` (name -> method -> figures), as
+    `bundle.metrics.summarise` makes them, ``threshold`` with how it was chosen, and ``settings``; null is a figure that
+    is not defined. ``metrics.csv`` has one row per case and method, ``report.html`` shows it all. Scans that failed are
+    listed at the end by an `InputError` with exit code 3 (2 if all have).
 
     Args:
         output_dir: where to.
         find_lesions: the transform that cuts the heatmap; tells score and threshold.
         settings: what else made the numbers, kept with them.
+        total: number of scans, for the progress line.
     """
 
-    def __init__(self, output_dir: str, find_lesions: FindLesionsd, settings: Mapping[str, Any]) -> None:
-        self.output_dir, self.find_lesions = Path(output_dir), find_lesions
-        self.settings = {"score": find_lesions.score, **settings}
-        self.names: list[str] = []
+    def __init__(self, output_dir: str, find_lesions: FindLesionsd, settings: Mapping[str, Any], total: int) -> None:
+        self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
+        self.settings = dict(settings)
+        self.cases: list[Case] = []
+        self.strips: list[Strip] = []
         self.failures: list[str] = []
 
     def attach(self, engine: Engine) -> None:
@@ -51,7 +49,7 @@ class SaveMetrics:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Engine) -> None:
-        self.names, self.failures = [], []
+        self.cases, self.strips, self.failures = [], [], []
         self.find_lesions.threshold()  # a threshold that does not exist is told before the work
 
     def collect(self, engine: Any) -> None:
@@ -59,75 +57,79 @@ class SaveMetrics:
             if "failure" in output:
                 self.failures.append(f"{output['name']}: failed: {output['failure']}")
                 print(self.failures[-1], flush=True)
-            else:
-                self.names.append(batch["name"])
-                print(f"evaluated {len(self.names)}: {batch['name']}", flush=True)
+                continue
+            data = {key: value for key, value in {**batch, **output}.items() if value is not None}
+            name, purpose = data["name"], data["purpose"]
+            person = data.get("person", data.get("subject", name))
+            self.cases.append(Case(name, person, purpose, measure_methods(data, self.find_lesions.score)))
+            if purpose == "test":
+                self.strips.append(Strip.of(data))
+            print(f"[{len(self.cases) + len(self.failures)}/{self.total}] {purpose}: {name}", flush=True)
 
     def finish(self, engine: Any) -> None:
-        self.names, self.failures = gather(self.names), gather(self.failures)
+        cases, strips, failures = gather(self.cases), gather(self.strips), gather(self.failures)
+        if not any(c.purpose == "test" for c in cases):
+            raise InputError("; ".join(failures))
+        score = self.find_lesions.score
+        content = summarise(cases, score)
+        engine.state.metrics.update({f"{k}_mean": content["methods"][score][f"{k}_mean"] for k in ("auprc", "dice")})
         if not is_main():  # one process tells it all
             return
-        if not self.names:
-            raise InputError("; ".join(self.failures))
-        metrics, details = engine.state.metrics, engine.state.metric_details
-        score = self.settings["score"]
-        suffixes = {score: "", **{name: f"_{name}" for name in BASELINES if name != score}}
-        methods = {
-            method: {
-                "auprc_mean": _number(metrics[f"auprc{suffix}"]),
-                "auprc_pooled": _number(metrics[f"auprc_pooled{suffix}"]),
-                "dice_mean": _number(metrics[f"dice{suffix}"]),
-            }
-            for method, suffix in suffixes.items()
-        }
-        cases = {
-            name: {
-                method: {metric: _number(details[f"{metric}{suffix}"][i, 0]) for metric in _PER_CASE}
-                for method, suffix in suffixes.items()
-            }
-            for i, name in enumerate(self.names)
-        }
-        content = {
-            "methods": methods,
-            "cases": cases,
-            "cases_with_lesions": sum(c["all_positive"]["auprc"] is not None for c in cases.values()),
-            "threshold": {
-                "value": self.find_lesions.threshold(),
-                "chosen_by": self._chosen_by(),
-            },
-            "settings": self.settings,
-            "failed": self.failures,
-        }
+        content |= {"threshold": self._threshold(content), "settings": self._settings(), "failed": failures}
         write_json(self.output_dir / "metrics.json", content)
         rows = [
             {"case": name, "method": method, **values}
-            for name, by_method in cases.items()
+            for name, by_method in content["cases"].items()
             for method, values in by_method.items()
         ]
-        write_table(self.output_dir / "metrics.csv", rows, ["case", "method", *_PER_CASE])
-        print(format_table(methods))
-        print(
-            f"{self.output_dir / 'metrics.json'}: {len(self.names)} cases, {content['cases_with_lesions']} with lesions"
-        )
-        if self.failures:
-            raise InputError("; ".join(self.failures), exit_code=3)
+        write_table(self.output_dir / "metrics.csv", rows, ["case", "method", *CASE_METRICS])
+        write_report(self.output_dir / "report.html", content, [c for c in cases if c.purpose == "test"], strips)
+        print(format_table(content["methods"]))
+        number = len(content["cases"])
+        print(f"{self.output_dir / 'metrics.json'}: {number} cases, {content['cases_with_lesions']} with lesions")
+        print(f"{self.output_dir / 'report.html'}: curves and pictures")
+        if failures:
+            raise InputError("; ".join(failures), exit_code=3)
 
-    def _chosen_by(self) -> str:
+    def _threshold(self, content: Mapping[str, Any]) -> dict[str, Any]:
         cut = self.find_lesions
-        baselines = f"baselines are cut at their own value of healthy quantile {cut.quantile:g}"
+        baselines = f"other methods are cut at their own value of healthy quantile {cut.quantile:g}"
+        chosen = f"quantile {cut.quantile:g} of the brain voxels of healthy scans held out for calibration; {baselines}"
         if cut.fixed_threshold is not None:
-            return f"set by hand; {baselines}"
-        return f"quantile {cut.quantile:g} of the brain voxels of healthy scans held out for calibration; {baselines}"
+            chosen = f"set by hand; {baselines}"
+        tuned = f"best mean Dice on {content['tuning_cases']} scans of the tuning section"
+        return {
+            "value": cut.threshold(),
+            "chosen_by": chosen,
+            "tuned_by": tuned if content["tuning_cases"] else "not tuned: the dataset has no tuning section",
+            "dice_best": "upper bound: the best threshold of each scan, chosen by its own lesions",
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        calibration = self.find_lesions.calibration.load()
+        versions = {"bundle": bundle.__version__, "monai": monai.__version__, "torch": torch.__version__}
+        return {
+            "score": self.find_lesions.score,
+            "fusion": str(calibration.fusion) if self.find_lesions.score == "fusion" else None,
+            **self.settings,
+            "calibration": dict(calibration.provenance),
+            "versions": versions,
+        }
 
 
-def format_table(methods: Mapping[str, Mapping[str, float | None]]) -> str:
+def format_table(methods: Mapping[str, Mapping[str, Any]]) -> str:
     """Methods as a plain-text table."""
 
     def cell(value: float | None) -> str:
-        return f"{'-':>12}" if value is None else f"{value:>12.4f}"
+        return f"{'-':>10}" if value is None else f"{value:>10.4f}"
 
-    header = f"{'method':<14}{'AUPRC mean':>12}{'pooled':>12}{'Dice mean':>12}"
-    lines = [
-        f"{n:<14}{cell(m['auprc_mean'])}{cell(m['auprc_pooled'])}{cell(m['dice_mean'])}" for n, m in methods.items()
-    ]
-    return "\n".join([header, *lines])
+    columns = {
+        "AUPRC": "auprc_mean",
+        "pooled": "auprc_pooled",
+        "Dice": "dice_mean",
+        "tuned": "dice_tuned_mean",
+        "(bound)": "dice_best_mean",
+    }
+    lines = [f"{'method':<20}" + "".join(f"{title:>10}" for title in columns)]
+    lines += [f"{name:<20}" + "".join(cell(m.get(key)) for key in columns.values()) for name, m in methods.items()]
+    return "\n".join(lines)

@@ -9,26 +9,32 @@ from .calibration import (
     fit_calibration,
     load_calibration,
     model_file,
+    reconstruction_file,
     require_model,
     save_calibration,
 )
-from .transforms import AnomalyHeatmapd, FindLesionsd
+from .fusion import RULES, Fusion
+from .transforms import AnomalyHeatmapd, FindLesionsd, score_of
 
 __all__ = [
     "INTENSITY_SCORES",
     "LESION_SIGN",
+    "RULES",
     "SCORES",
     "AnomalyHeatmapd",
     "Calibration",
     "CalibrationFile",
     "FindLesionsd",
     "FitCalibration",
+    "Fusion",
     "anomaly_channels",
     "fill_outside",
     "fit_calibration",
     "load_calibration",
     "model_file",
+    "reconstruction_file",
     "require_model",
     "save_calibration",
+    "score_of",
     "smooth_inside",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,15 @@ from bundle.data.files import read_json, write_json, write_volume
 from bundle.errors import InputError
 
 from .anomaly import fill_outside, smooth_inside
+from .fusion import Fusion
 
 # sign of the intensity change that most lesions show
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # maps that are calibrated; "location" is the sum of the two channels, each calibrated
 MAPS = ("squared_error", "variance", "location", "intensity")
 # scores that need no network: the trivial methods that every table must show, judged without any filter
-INTENSITY_SCORES = ("atlas_z", "intensity")
-# what can be asked of `Calibration.score`
+INTENSITY_SCORES = ("atlas_z", "intensity", "intensity_opposite")
+# what can be asked of `Calibration.score` of every scan; also "fusion", and maps that a scan brings along
 SCORES = ("location", "squared_error", "variance", "uncalibrated", *INTENSITY_SCORES)
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 _MAP_SPACING = 2.0
@@ -44,11 +45,13 @@ class Calibration:
 
     Attributes:
         contrast: of the scans.
-        mean, spread: name in `MAPS` -> ``[1, h, w, d]``; may be coarser than the grid, of the same extent.
-        quantiles: name in `SCORES` -> {quantile as text: score}, over the brain voxels of healthy scans that were
+        mean, spread: name in `MAPS`, or of a map that the scans brought along -> ``[1, h, w, d]``; may be coarser than
+            the grid, of the same extent.
+        quantiles: name of a score -> {quantile as text: score}, over the brain voxels of healthy scans that were
             left out of the maps.
         filter_sigma: of the Gaussian that the anomaly channels pass first (`smooth_inside`), voxels of the grid.
-        provenance: number of subjects, hash of the model, grid.
+        provenance: number of subjects, hashes of the models, grid.
+        fusion: what "fusion" means.
     """
 
     contrast: str
@@ -57,6 +60,12 @@ class Calibration:
     quantiles: Mapping[str, Mapping[str, float]]
     filter_sigma: float
     provenance: Mapping[str, Any]
+    fusion: Fusion | None = None
+
+    @property
+    def extra_maps(self) -> list[str]:
+        """Names of the maps beyond `MAPS`: those of other methods, which each scan must bring along."""
+        return [name for name in self.mean if name not in MAPS]
 
     def standardise(self, name: str, volume: torch.Tensor) -> torch.Tensor:
         """(volume - mean) / spread of map ``name``, for ``[1, H, W, D]`` on the atlas grid."""
@@ -66,27 +75,47 @@ class Calibration:
         )
         return (volume - mean) / spread
 
-    def score(self, name: str, channels: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    def score(
+        self, name: str, channels: torch.Tensor, image: torch.Tensor, maps: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Score map ``[1, H, W, D]``, larger is more abnormal; outside the brain the lowest score inside.
 
         Args:
             name: "location" (the sum of both channels, each calibrated, calibrated again), "squared_error" or
                 "variance" (one calibrated channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (calibrated
-                intensity, signed so that lesions are high), "intensity" (signed). All but the last two are filtered;
-                the calibrated ones of them are brought to the scan's own usual level, see `within_scan`.
+                intensity, signed so that lesions are high), "intensity" (signed), "intensity_opposite" (its other
+                tail), a name in `extra_maps` (calibrated), "fusion" (of any of these). What comes from the network is
+                filtered and, calibrated, brought to the scan's own usual level, see `within_scan`.
             channels: anomaly channels ``[2, H, W, D]``.
             image: normalised intensities ``[1, H, W, D]``, 0 outside the brain.
+            maps: of other methods ``[1, H, W, D]``, by name.
+
+        Raises:
+            InputError: a score that there is none of, or a map that the scan or the calibration lacks.
         """
         if name not in INTENSITY_SCORES:
             channels = smooth_inside(channels, image > 0, self.filter_sigma)
-        return self._score_filtered(name, channels, image)
+        return self._score_filtered(name, channels, image, maps or {})
 
-    def _score_filtered(self, name: str, filtered: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    def _score_filtered(
+        self, name: str, filtered: torch.Tensor, image: torch.Tensor, maps: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         """`score` of channels that were filtered already."""
         inside = image > 0
+        if name == "fusion":
+            if self.fusion is None:
+                raise InputError("score 'fusion' needs a rule and weights (fusion_rule, fusion_weights)")
+            parts = {part: self._score_filtered(part, filtered, image, maps) for part in self.fusion.weights}
+            return fill_outside(self.fusion(parts, inside), inside)
+        if name in self.extra_maps:
+            if name not in maps:
+                raise InputError(f"the map '{name}' is missing for this scan")
+            return fill_outside(self.standardise(name, maps[name]), inside)
+        if name not in SCORES:
+            raise InputError(f"no map '{name}' in the calibration: run the calibration again with it")
         if name in INTENSITY_SCORES:
-            score = (self.standardise("intensity", image) if name == "atlas_z" else image) * LESION_SIGN[self.contrast]
-            return fill_outside(score, inside)
+            sign = LESION_SIGN[self.contrast] * (-1 if name == "intensity_opposite" else 1)
+            return fill_outside(sign * (self.standardise("intensity", image) if name == "atlas_z" else image), inside)
         error, variance = filtered.split(1)
         if name == "uncalibrated":
             return fill_outside(error + variance, inside)
@@ -106,6 +135,11 @@ class Calibration:
         try:
             return self.quantiles[name][f"{quantile:g}"]
         except KeyError as error:
+            if name == "fusion" and name not in self.quantiles:
+                raise InputError(
+                    f"the calibration holds no threshold of the fusion '{self.fusion}': run the calibration with the "
+                    "same fusion_rule and fusion_weights, or give --threshold"
+                ) from error
             stored = ", ".join(self.quantiles.get(name, {})) or f"none for '{name}'"
             raise InputError(f"no threshold of score '{name}' at quantile {quantile}: stored are {stored}") from error
 
@@ -177,6 +211,8 @@ def fit_calibration(
     smoothing_mm: float = 4.0,
     filter_mm: float = 3.0,
     provenance: Mapping[str, Any] | None = None,
+    maps: Mapping[str, Sequence[torch.Tensor]] | None = None,
+    fusion: Fusion | None = None,
 ) -> Calibration:
     """Fit maps and quantiles to healthy scans.
 
@@ -190,15 +226,20 @@ def fit_calibration(
         spacing: of the grid, mm; maps are kept at 2 mm where that is coarser.
         smoothing_mm: sigma of the Gaussian over the maps.
         filter_mm: sigma of the Gaussian over the anomaly channels of each scan.
-        provenance: see `Calibration`.
+        provenance, fusion: see `Calibration`.
+        maps: of other methods: name -> per scan ``[1, H, W, D]``.
 
     Raises:
-        InputError: fewer than three scans, or an unknown contrast.
+        InputError: fewer than three scans, or an unknown contrast; a map of a name that is taken.
     """
     if len(images) < 3:
         raise InputError(f"calibration needs at least 3 healthy scans, got {len(images)}")
     if contrast not in LESION_SIGN:
         raise InputError(f"contrast '{contrast}' is unknown: use one of {', '.join(LESION_SIGN)}")
+    maps = maps or {}
+    taken = {"fusion", *MAPS, *SCORES} & set(maps)
+    if taken:
+        raise InputError(f"fusion_maps: '{taken.pop()}' is the name of a map of our own; choose another")
     factor = max(1, round(_MAP_SPACING / spacing))
     sigma, filter_sigma = smoothing_mm / (spacing * factor), filter_mm / spacing
     raw: dict[str, torch.Tensor] = {}
@@ -207,6 +248,7 @@ def fit_calibration(
         ("squared_error", [c[:1] for c in smooth]),
         ("variance", [c[1:] for c in smooth]),
         ("intensity", images),
+        *maps.items(),
     ):
         raw[name] = torch.stack([_coarsen(v, i > 0, factor) for v, i in zip(volumes, images)])
 
@@ -214,22 +256,23 @@ def fit_calibration(
         fitted = {name: population_maps(values[rows], sigma) for name, values in raw.items()}
         both = sum((raw[n][rows] - fitted[n][0]) / fitted[n][1] for n in ("squared_error", "variance"))
         fitted["location"] = population_maps(torch.as_tensor(both), sigma)
-        mean, spread = ({n: fitted[n][k] for n in MAPS} for k in (0, 1))
-        return Calibration(contrast, mean, spread, {}, filter_sigma, {})
+        mean, spread = ({n: fitted[n][k] for n in (*MAPS, *maps)} for k in (0, 1))
+        return Calibration(contrast, mean, spread, {}, filter_sigma, {}, fusion)
 
     everyone = list(range(len(images)))
-    scores: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
+    names = [*SCORES, *maps, *(["fusion"] if fusion else [])]
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for i in everyone:
         others = fit([j for j in everyone if j != i])
+        own = {name: volumes[i] for name, volumes in maps.items()}
         for name, values in scores.items():
-            values.append(others._score_filtered(name, smooth[i], images[i])[images[i] > 0].numpy())
+            values.append(others._score_filtered(name, smooth[i], images[i], own)[images[i] > 0].numpy())
     quantiles = {
         name: dict(zip([f"{q:g}" for q in QUANTILES], np.quantile(np.concatenate(v), QUANTILES).astype(float).tolist()))
         for name, v in scores.items()
     }
-    final = fit(everyone)
     about = {"subjects": len(images), **(provenance or {})}
-    return Calibration(contrast, final.mean, final.spread, quantiles, filter_sigma, about)
+    return replace(fit(everyone), quantiles=quantiles, provenance=about)
 
 
 def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.Tensor:
@@ -254,6 +297,17 @@ def model_hash(model_file: str | Path, contrast: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def reconstruction_file(ckpt_dir: str | Path, contrast: str) -> str:
+    """The reconstruction network's weights of a contrast in a folder."""
+    return str(Path(ckpt_dir) / f"reconstruction_{contrast}.pt")
+
+
+def reconstruction_hash(model_file: str | Path, contrast: str) -> str | None:
+    """SHA-256 of the reconstruction network's weights beside a model; None where there are none."""
+    weights = Path(reconstruction_file(Path(model_file).parent, contrast))
+    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+
+
 def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndarray) -> None:
     """Write ``path`` (JSON: quantiles, provenance, names of the maps) and beside it ``.nii.gz`` (the maps, 16 bit).
 
@@ -263,7 +317,7 @@ def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndar
         affine: of the maps, voxel to atlas mm.
     """
     path = Path(path)
-    volumes = {f"{n}_{kind}": getattr(calibration, kind)[n] for n in MAPS for kind in ("mean", "spread")}
+    volumes = {f"{n}_{kind}": getattr(calibration, kind)[n] for n in calibration.mean for kind in ("mean", "spread")}
     # 16 bit integers, each map with its own scale: a tenth of the size, and finer than the maps are known
     limits = {n: (float(v.min()), float(v.max())) for n, v in volumes.items()}
     codes = [
@@ -277,6 +331,7 @@ def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndar
             "contrast": calibration.contrast,
             "filter_sigma": calibration.filter_sigma,
             "provenance": dict(calibration.provenance),
+            "fusion": None if calibration.fusion is None else asdict(calibration.fusion),
             "quantiles": calibration.quantiles,
             "maps": {n: {"volume": i, "lowest": lo, "highest": hi} for i, (n, (lo, hi)) in enumerate(limits.items())},
         },
@@ -289,13 +344,16 @@ def require_model(model_file: str | Path) -> None:
         raise InputError(f"{model_file}: no trained model here; train one or name its folder with --ckpt_dir")
 
 
-def load_calibration(path: str | Path, model_file: str | Path, grid: Mapping[str, Any] | None = None) -> Calibration:
+def load_calibration(
+    path: str | Path, model_file: str | Path, grid: Mapping[str, Any] | None = None, fusion: Fusion | None = None
+) -> Calibration:
     """Read what `save_calibration` wrote and check that it belongs to the model.
 
     Args:
         path: the JSON file.
         model_file: the model that is going to be used.
         grid: ``spacing``, ``spatial_size``, ``center`` and ``stride`` that are going to be used; None: not checked.
+        fusion: that is going to be used; its thresholds are there only if the calibration was made with the same.
 
     Raises:
         InputError: missing or damaged, made with another model or for another grid.
@@ -308,6 +366,12 @@ def load_calibration(path: str | Path, model_file: str | Path, grid: Mapping[str
             raise InputError(
                 f"{path}: made with another model (or landmarks) than {model_file}; run the calibration again"
             )
+        reconstruction = reconstruction_hash(model_file, content["contrast"])
+        if "reconstruction_mean" in content["maps"] and reconstruction not in (None, about["reconstruction_sha256"]):
+            raise InputError(
+                f"{path}: made with another reconstruction model than lies beside {model_file}; "
+                "run the calibration again"
+            )
         if grid is not None and about["grid"] != dict(grid):
             raise InputError(
                 f"{path}: made on another grid ({about['grid']}) than is configured ({dict(grid)}); "
@@ -319,10 +383,13 @@ def load_calibration(path: str | Path, model_file: str | Path, grid: Mapping[str
         for name, m in content["maps"].items():
             codes = torch.from_numpy(stored[..., m["volume"]].copy())[None]
             volumes[name] = codes / 65535 * (m["highest"] - m["lowest"]) + m["lowest"]
-        mean, spread = ({n: volumes[f"{n}_{kind}"] for n in MAPS} for kind in ("mean", "spread"))
-        return Calibration(
-            content["contrast"], mean, spread, content["quantiles"], float(content["filter_sigma"]), about
-        )
+        names = [*MAPS, *(n.removesuffix("_mean") for n in volumes if n.endswith("_mean"))]
+        mean, spread = ({n: volumes[f"{n}_{kind}"] for n in names} for kind in ("mean", "spread"))
+        quantiles = dict(content["quantiles"])
+        if fusion is None or content["fusion"] != asdict(fusion):
+            quantiles.pop("fusion", None)
+        sigma = float(content["filter_sigma"])
+        return Calibration(content["contrast"], mean, spread, quantiles, sigma, about, fusion)
     except (KeyError, TypeError, IndexError, OSError, nib.filebasedimages.ImageFileError) as error:
         raise InputError(f"{path}: damaged calibration ({error!r}); run the calibration again") from error
 
@@ -333,17 +400,19 @@ class CalibrationFile:
     As a handler it reads the file when the engine starts: before the first scan, not after it.
 
     Args:
-        path, model_file, grid: see `load_calibration`.
+        path, model_file, grid, fusion: see `load_calibration`.
     """
 
-    def __init__(self, path: str, model_file: str, grid: Mapping[str, Any] | None = None) -> None:
-        self.path, self.model_file, self.grid = path, model_file, grid
+    def __init__(
+        self, path: str, model_file: str, grid: Mapping[str, Any] | None = None, fusion: Fusion | None = None
+    ) -> None:
+        self.path, self.model_file, self.grid, self.fusion = path, model_file, grid, fusion
         self._loaded: Calibration | None = None
 
     def load(self) -> Calibration:
         """The calibration; errors as of `load_calibration`."""
         if self._loaded is None:
-            self._loaded = load_calibration(self.path, self.model_file, self.grid)
+            self._loaded = load_calibration(self.path, self.model_file, self.grid, self.fusion)
         return self._loaded
 
     def attach(self, engine: Engine) -> None:
@@ -357,7 +426,8 @@ class FitCalibration:
         path: of the calibration (JSON).
         model_file: the model that the evaluator runs; its hash is stored.
         grid: ``spacing``, ``spatial_size``, ``center``, ``stride``; stored, and compared when the calibration is used.
-        contrast, smoothing_mm, filter_mm: see `fit_calibration`.
+        contrast, smoothing_mm, filter_mm, fusion: see `fit_calibration`.
+        maps: keys of other methods' maps; those that the scans have are calibrated too.
     """
 
     def __init__(
@@ -368,9 +438,12 @@ class FitCalibration:
         grid: Mapping[str, Any],
         smoothing_mm: float = 4.0,
         filter_mm: float = 3.0,
+        fusion: Fusion | None = None,
+        maps: Sequence[str] = (),
     ) -> None:
         self.path, self.model_file, self.contrast, self.grid = path, model_file, contrast, dict(grid)
-        self.smoothing_mm, self.filter_mm = smoothing_mm, filter_mm
+        self.smoothing_mm, self.filter_mm, self.fusion = smoothing_mm, filter_mm, fusion
+        self.maps: dict[str, list[torch.Tensor]] = {name: [] for name in maps}
         self.channels: list[torch.Tensor] = []
         self.images: list[torch.Tensor] = []
         self.affine = np.eye(4)
@@ -380,15 +453,20 @@ class FitCalibration:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def collect(self, engine: Any) -> None:
-        for output in engine.state.output:
+        for batch, output in zip(engine.state.batch, engine.state.output):
+            output = {**batch, **output}
             self.affine = np.asarray(output["image"].affine)
             self.channels.append(output["pred"].as_tensor().cpu())
             self.images.append(output["image"].as_tensor().cpu())
+            for name, volumes in self.maps.items():
+                if name in output:
+                    volumes.append(output[name].as_tensor().cpu())
         print(f"calibration: {len(self.images)} healthy scans", flush=True)
 
     def finish(self, engine: Engine) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise InputError("a calibration is fitted by one process: leave out the multi_gpu config")
+        maps = {name: volumes for name, volumes in self.maps.items() if len(volumes) == len(self.images)}
         calibration = fit_calibration(
             self.channels,
             self.images,
@@ -398,10 +476,13 @@ class FitCalibration:
             self.filter_mm,
             {
                 "model_sha256": model_hash(self.model_file, self.contrast),
+                "reconstruction_sha256": reconstruction_hash(self.model_file, self.contrast),
                 "grid": self.grid,
                 "smoothing_mm": self.smoothing_mm,
                 "filter_mm": self.filter_mm,
             },
+            maps,
+            self.fusion,
         )
         # outer edges are shared, so the first voxel of a coarser map lies further in
         factor = self.images[0].shape[1] / calibration.mean["location"].shape[1]

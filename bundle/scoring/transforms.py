@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from monai.config import KeysCollection
@@ -11,18 +11,31 @@ from monai.transforms import MapTransform, RemoveSmallObjects
 
 from bundle.errors import InputError
 
-from .calibration import SCORES, CalibrationFile
+from .calibration import SCORES, Calibration, CalibrationFile
 
 
-def check_score(score: str) -> str:
+def check_score(score: str, extra_maps: Sequence[str] = ()) -> str:
     """Return ``score`` if there is one of that name.
 
     Raises:
         InputError: there is none.
     """
-    if score not in SCORES:
-        raise InputError(f"score '{score}' is unknown: use one of {', '.join(SCORES)}")
+    known = (*SCORES, "fusion", *extra_maps)
+    if score not in known:
+        raise InputError(f"score '{score}' is unknown: use one of {', '.join(known)}")
     return score
+
+
+def score_of(
+    name: str, calibration: Calibration, data: Mapping[Hashable, Any], channels_key: Hashable, image_key: Hashable
+) -> MetaTensor:
+    """Score map ``[1, H, W, D]`` of one scan, with the image's geometry and history; see `Calibration.score`. The maps
+    of other methods are found under their names.
+    """
+    image = data[image_key]
+    maps = {key: data[key].as_tensor().cpu().float() for key in calibration.extra_maps if key in data}
+    channels, values = (t.as_tensor().cpu().float() for t in (data[channels_key], image))
+    return MetaTensor(calibration.score(name, channels, values, maps)).copy_meta_from(image)
 
 
 class AnomalyHeatmapd(MapTransform):
@@ -30,8 +43,9 @@ class AnomalyHeatmapd(MapTransform):
 
     Args:
         keys: anomaly channels ``[2, H, W, D]`` (one key), a `MetaTensor` as all here.
-        score: one of `bundle.scoring.SCORES`.
+        score: one of `bundle.scoring.SCORES`, "fusion", or a map that scans bring along.
         calibration: of the model and contrast.
+        extra_maps: names of maps that scans may bring along.
         image_key: the normalised image on the same grid.
         output_key: where the heatmap ``[1, H, W, D]`` goes, with the image's geometry and history.
     """
@@ -41,19 +55,17 @@ class AnomalyHeatmapd(MapTransform):
         keys: KeysCollection,
         score: str,
         calibration: CalibrationFile,
+        extra_maps: Sequence[str] = ("reconstruction",),
         image_key: str = "image",
         output_key: str = "heatmap",
     ) -> None:
         super().__init__(keys)
-        self.score, self.calibration = check_score(score), calibration
+        self.score, self.calibration = check_score(score, extra_maps), calibration
         self.image_key, self.output_key = image_key, output_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        image = d[self.image_key]
-        channels, values = (t.as_tensor().cpu().float() for t in (d[self.keys[0]], image))
-        heatmap = self.calibration.load().score(self.score, channels, values)
-        d[self.output_key] = MetaTensor(heatmap).copy_meta_from(image)
+        d[self.output_key] = score_of(self.score, self.calibration.load(), d, self.keys[0], self.image_key)
         return d
 
 
@@ -81,7 +93,7 @@ class FindLesionsd(MapTransform):
         output_key: str = "lesion",
     ) -> None:
         super().__init__(keys)
-        self.score, self.calibration, self.quantile = check_score(score), calibration, quantile
+        self.score, self.calibration, self.quantile = score, calibration, quantile
         self.fixed_threshold, self.output_key = threshold, output_key
         self.remove_small = RemoveSmallObjects(int(min_lesion_mm3), connectivity=3, by_measure=True)
 
@@ -91,9 +103,10 @@ class FindLesionsd(MapTransform):
             return self.fixed_threshold
         return self.calibration.load().threshold(self.score, self.quantile)
 
+    def cut(self, heatmap: MetaTensor, threshold: float) -> MetaTensor:
+        """Mask (float 0 and 1) of the voxels above ``threshold``, without what is too small."""
+        lesion = MetaTensor((heatmap.as_tensor() > threshold).float()).copy_meta_from(heatmap)
+        return MetaTensor(self.remove_small(lesion)) if lesion.any() else lesion
+
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        heatmap = d[self.keys[0]]
-        lesion = MetaTensor((heatmap.as_tensor() > self.threshold()).float()).copy_meta_from(heatmap)
-        d[self.output_key] = self.remove_small(lesion) if lesion.any() else lesion
-        return d
+        return {**data, self.output_key: self.cut(data[self.keys[0]], self.threshold())}

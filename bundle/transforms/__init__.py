@@ -1,6 +1,6 @@
 from .alignment import AlignToAtlasd
 from .brain import BrainMaskd
-from .intensity import CorrectBiasFieldd, CurvatureFlowd, NormalizeBrainIntensityd, learn_landmarks
+from .intensity import CorrectBiasFieldd, CurvatureFlowd, NormalizeBrainIntensityd, RandCoarseNoised, learn_landmarks
 from .load import IgnoreLabelsd, LoadScand
 from .outside import FillOutsided, MaskOutsided
 from .sampling import AxialSlicesd, DenseLocationsd, FindBrainSlicesd, RandAxialSlicesd, RandPatchesd
@@ -21,6 +21,7 @@ __all__ = [
     "MaskOutsided",
     "NormalizeBrainIntensityd",
     "RandAxialSlicesd",
+    "RandCoarseNoised",
     "RandPatchesd",
     "ResampleToGrid",
     "ResampleToGridd",

@@ -157,7 +157,8 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             image = d[key].clone()
             scan_affine = image.affine.clone()
             image.affine = torch.as_tensor(scan_to_atlas) @ scan_affine
-            self.push_transform(image, extra_info={"scan_affine": scan_affine.tolist()})
+            info = {"scan_affine": scan_affine.tolist(), "scan_to_atlas": np.asarray(scan_to_atlas).tolist()}
+            self.push_transform(image, extra_info=info)
             d[key] = image
         return d
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Randomizable
 
 from bundle.data.atlas import from_sitk, to_sitk
 from bundle.data.files import read_json, write_json
@@ -222,4 +223,33 @@ class CurvatureFlowd(MapTransform):
             for key in self.key_iterator(d):
                 smooth = sitk.CurvatureFlow(to_sitk(d[key]), self.time_step, self.iterations)
                 d[key] = MetaTensor(from_sitk(smooth).as_tensor()).copy_meta_from(d[key])
+        return d
+
+
+class RandCoarseNoised(MapTransform, Randomizable):
+    """Add smooth random blobs to the brain of a slice: what a denoising autoencoder learns to take away, as it later
+    does with lesions (Kascenas et al. 2022, "Denoising autoencoders for unsupervised anomaly detection in brain MRI").
+
+    Normal noise on a coarse lattice, shifted at random and interpolated bilinearly.
+
+    Args:
+        keys: slices ``[1, H, W]``, 0 outside the brain; brain voxels stay at least 0.001.
+        std: of the noise on the lattice, intensities.
+        cell: width of the lattice's cells, voxels.
+    """
+
+    def __init__(self, keys: KeysCollection, std: float = 0.2, cell: int = 8) -> None:
+        super().__init__(keys)
+        self.std, self.cell = std, cell
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            image = d[key]
+            size = image.shape[-2:]
+            lattice = torch.as_tensor(self.R.normal(0, self.std, [n // self.cell + 3 for n in size])).to(image)
+            noise = F.interpolate(lattice[None, None], scale_factor=self.cell, mode="bilinear", align_corners=False)
+            rows, cols = (int(v) for v in self.R.randint(self.cell, 2 * self.cell, 2))
+            noise = noise[0, :, rows : rows + size[0], cols : cols + size[1]]
+            d[key] = torch.where(image > 0, (image + noise).clamp(min=0.001), image)
         return d

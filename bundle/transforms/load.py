@@ -72,7 +72,7 @@ class IgnoreLabelsd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        ignored = torch.as_tensor(d.pop("ignored_labels", []))
+        ignored = torch.as_tensor(d.get("ignored_labels", []))
         for key in self.key_iterator(d):
             d[key] = d[key].masked_fill(torch.isin(d[key].as_tensor(), ignored.to(d[key].dtype)), -1)
         return d

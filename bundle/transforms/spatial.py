@@ -15,6 +15,7 @@ from monai.utils import ensure_tuple_rep
 from scipy import ndimage
 
 from bundle.data.atlas import grid_affine
+from bundle.errors import InputError
 
 
 class ResampleToGrid(SpatialResample):
@@ -86,6 +87,10 @@ class ResampleToGridd(MapTransform, InvertibleTransform):
             d[self.mask_key].set_((share >= 0.5).to(share))
         for key, mode in self.key_iterator(d, self.modes):
             volume = d[key]
+            if mode == "bilinear" and inside is not None and volume.shape != inside.shape:
+                sizes = ("x".join(map(str, v.shape[1:])) for v in (volume, inside))
+                name = volume.meta.get("filename_or_obj", key)
+                raise InputError(f"{name}: {' voxels where its scan has '.join(sizes)}; both must lie on one grid")
             if mode == "bilinear" and inside is not None and share is not None:
                 volume = MetaTensor(torch.where(inside, volume.as_tensor(), 0.0)).copy_meta_from(volume)
                 volume = self.resample(volume)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bundle.metrics import count_lesions, recall_at_false_positives
+from bundle.metrics import count_lesions, match_lesions, recall_at_false_positives
 
 
 def volume(*boxes):
@@ -22,7 +22,8 @@ A, B, C = ((slice(n, n + 2),) * 3 for n in (1, 5, 9))
         ([], [A, B], (0, 2, 0)),
         ([A, C], [A, B], (1, 2, 1)),
         ([A, B, C], [A, B, C], (3, 3, 0)),
-        ([(slice(0, 12),) * 3], [A, B], (2, 2, 0)),  # one finding over two lesions
+        ([(slice(0, 12),) * 3], [A, B], (1, 2, 0)),  # one finding over two lesions is one
+        ([(slice(1, 2),) * 3, (2, 2, 2)], [A], (1, 1, 0)),
     ],
 )
 def test_counts(found, truth, expected):
@@ -48,3 +49,31 @@ def test_recall_is_that_of_a_threshold_swept_by_hand():
     assert recall_at_false_positives(scores, truths, 1.0, thresholds=500) == 1.0
     assert recall_at_false_positives(scores, truths, 0.0, thresholds=500) == 0.5
     assert recall_at_false_positives([-s for s in scores], truths, 0.0) == 0.0
+
+
+def test_a_finding_goes_to_the_lesion_that_it_fits_best():
+    small, large = (slice(1, 2), slice(1, 3), slice(1, 3)), (slice(3, 8), slice(1, 6), slice(1, 6))
+    sizes, hit, false = match_lesions(
+        volume((1, (slice(1, 7), slice(1, 6), slice(1, 6)))), volume((1, small), (1, large))
+    )
+    assert sizes.tolist() == [4, 125] and hit.tolist() == [False, True] and false == 0
+
+
+def test_matching_equals_panoptica():
+    """An independent judge, where it is installed (it needs an older NumPy; see docs/evaluation.md)."""
+    panoptica = pytest.importorskip("panoptica")
+    judge = panoptica.Panoptica_Evaluator(
+        expected_input=panoptica.InputType.SEMANTIC,
+        instance_approximator=panoptica.ConnectedComponentsInstanceApproximator(),
+        instance_matcher=panoptica.NaiveThresholdMatching(
+            matching_threshold=0.0, allow_many_to_one=True, strict_threshold=True
+        ),
+    )
+    rng = np.random.RandomState(0)
+    for _ in range(30):
+        found, truth = ((rng.rand(14, 14, 14) < rng.uniform(0.005, 0.06)).astype(np.uint8) for _ in range(2))
+        found[3:5, 3:5], truth[4:6, 3:5] = 1, 1
+        result = judge.evaluate(found, truth, verbose=False)
+        result = next(iter(result.values())) if isinstance(result, dict) else result
+        hit, total, false = count_lesions(found, truth)
+        assert (result.tp, result.num_ref_instances, result.fp) == (hit, total, false)

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor
 from sklearn.metrics import average_precision_score
 
-from bundle.metrics import AUPRCMetric, LocalisationErrorMetric, average_precision, comparison_metrics, inside_brain
+from bundle.metrics import AUPRCMetric, LocalisationErrorMetric, average_precision
 
 
 @pytest.mark.parametrize("decimals", [6, 1, 0], ids=["no ties", "ties", "many ties"])
@@ -44,17 +43,6 @@ def test_metric_per_case_and_pooled():
         mean([torch.rand(1, 3)], [torch.rand(1, 4)])
 
 
-def test_missed_lesions_outside_the_brain_count():
-    image = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
-    case = {
-        "image": image,
-        "label": torch.tensor([[0.0, 2.0, 1.0, 0.0]]),
-        "map": torch.tensor([[5.0, 6.0, -9.0, -9.0]]),
-    }
-    y_pred, y = inside_brain("map")([{k: MetaTensor(v) for k, v in case.items()}])
-    assert y_pred[0].tolist() == [[5, 6, -9]] and y[0].tolist() == [[0, 1, 1]]
-
-
 def test_localisation_error_in_mm():
     pred, label = torch.zeros(2, 4, 1, 2), torch.zeros(2, 3, 1, 2)
     pred[0, :2, 0, 0] = torch.tensor([0.03, 0.02])  # 3 mm and 4 mm off
@@ -64,9 +52,3 @@ def test_localisation_error_in_mm():
         metric = LocalisationErrorMetric((100.0, 200.0), euclidean)
         metric(pred, label)
         assert metric.aggregate().item() == pytest.approx(expected)
-
-
-def test_every_method_is_measured_alike():
-    names = set(comparison_metrics())
-    for suffix in ("", "_atlas_z", "_intensity", "_all_positive"):
-        assert {f"auprc{suffix}", f"auprc_pooled{suffix}", f"dice{suffix}"} <= names
