@@ -1,8 +1,8 @@
 """Measure every score of a model on the same cases, beside the trivial methods: the tables of docs/results.md.
 
 One pass of the network over each scan serves all rows. Maps and thresholds are those of the model's calibration, or are
-fitted anew to the section "calibration" of the healthy dataset (--filter_mm); false alarms are those of its section
-"validation".
+fitted anew to the section "calibration" of the healthy dataset (--filter_mm, --fusion); false alarms are those of its
+section "validation".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,14 +25,25 @@ sys.path.insert(0, str(ROOT))
 from bundle.data import load_datalist  # noqa: E402
 from bundle.data.files import write_json  # noqa: E402
 from bundle.metrics import average_precision, count_lesions, recall_at_false_positives  # noqa: E402
-from bundle.scoring import SCORES, Calibration, fit_calibration  # noqa: E402
+from bundle.scoring import SCORES, Calibration, Fusion, fit_calibration  # noqa: E402
 from bundle.scoring.calibration import QUANTILES  # noqa: E402
 
 FALSE_LESION_MM3 = 100.0
 
 
+class Scan(NamedTuple):
+    """What is known of a scan: anomaly channels ``[2, H, W, D]``, image ``[1, H, W, D]``, lesion mask ``[H, W, D]``,
+    and other methods' maps ``[1, H, W, D]`` by name.
+    """
+
+    channels: torch.Tensor
+    image: torch.Tensor
+    label: np.ndarray
+    maps: dict[str, torch.Tensor]
+
+
 class Bench:
-    """A model, and what it says about scans: anomaly channels, image and label of each."""
+    """A model, and what it says about scans."""
 
     def __init__(self, ckpt_dir: str, contrast: str, overrides: list[str]) -> None:
         self.contrast = contrast
@@ -43,6 +54,7 @@ class Bench:
         for key, value in settings.items():
             self.parser[key] = json.loads(value) if value[:1] in "0123456789[" else value
         self.preprocessing = self.parser.get_parsed_content("preprocessing")
+        self.reconstruction = self.parser.get_parsed_content("reconstruction")
         self.inferer = self.parser.get_parsed_content("inferer")
         self.network = self.parser.get_parsed_content("network").eval()
         state = torch.load(self.parser.get_parsed_content("ckpt_path"), map_location="cpu", weights_only=True)
@@ -50,25 +62,39 @@ class Bench:
         self.spacing = float(self.parser.get_parsed_content("spacing"))
         self.device = self.parser.get_parsed_content("device")
 
-    def scans(self, dataset_dir: str, section: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
-        """Anomaly channels ``[2, H, W, D]``, image ``[1, H, W, D]`` and lesion mask ``[H, W, D]`` of each scan."""
+    def scans(self, dataset_dir: str, section: str) -> Iterator[Scan]:
+        """The scans of a section of a prepared dataset."""
         for item in tqdm(load_datalist(dataset_dir, section, self.contrast), desc=f"{dataset_dir} {section}"):
-            data = self.preprocessing(item)
+            data = self.reconstruction(self.preprocessing(item))
             image = data["image"].as_tensor()
             channels = self.inferer(image[None].to(self.device), self.network)[0].cpu()
             label = data["label"].as_tensor()[0].numpy() > 0 if "label" in data else np.zeros(image.shape[1:], bool)
-            yield channels, image, label
+            maps = {"reconstruction": data["reconstruction"].as_tensor()} if "reconstruction" in data else {}
+            yield Scan(channels, image, label, maps)
 
 
-def measure(calibration: Calibration, scans: list, spacing: float, quantile: float) -> dict[str, dict[str, float]]:
-    """Per score: mean AUPRC and Dice inside the brain, and lesion-wise recall at one false finding a scan."""
+def measure(
+    calibrations: dict[str, Calibration], scans: list[Scan], spacing: float, quantile: float
+) -> dict[str, dict[str, float]]:
+    """Per score: mean AUPRC and Dice inside the brain, and lesion-wise recall at one false finding a scan.
+
+    Args:
+        calibrations: fusion -> calibration with its thresholds; the one called "" serves all other scores.
+        scans: with labels.
+        spacing: of the grid, mm.
+        quantile: of healthy scans, the threshold of Dice.
+    """
     rows: dict[str, dict[str, float]] = {}
-    truths = [label for _, _, label in scans]
-    inside = [(image[0].numpy() > 0) | label for _, image, label in scans]
+    truths = [s.label for s in scans]
+    inside = [(s.image[0].numpy() > 0) | s.label for s in scans]
     smallest = FALSE_LESION_MM3 / spacing**3
-    for name in SCORES:
-        maps = [calibration.score(name, channels, image)[0].numpy() for channels, image, _ in scans]
-        threshold = calibration.threshold(name, quantile)
+    scores = [name for name in SCORES if name != "intensity_opposite"] + calibrations[""].extra_maps
+    for name, calibration, score in [
+        *((name, calibrations[""], name) for name in scores),
+        *((name, fitted, "fusion") for name, fitted in calibrations.items() if name),
+    ]:
+        maps = [calibration.score(score, s.channels, s.image, s.maps)[0].numpy() for s in scans]
+        threshold = calibration.threshold(score, quantile)
         dice = [
             2 * ((m > threshold) & t).sum() / max(((m > threshold) & i).sum() + t.sum(), 1)
             for m, t, i in zip(maps, truths, inside)
@@ -94,7 +120,7 @@ def measure(calibration: Calibration, scans: list, spacing: float, quantile: flo
 
 def false_alarms(calibration: Calibration, scans: list, spacing: float) -> dict[str, dict[str, float]]:
     """Per threshold: share of healthy voxels above it in the location score, and findings above 100 mm^3 a scan."""
-    maps = [(calibration.score("location", c, i)[0].numpy(), i[0].numpy() > 0) for c, i, _ in scans]
+    maps = [(calibration.score("location", s.channels, s.image)[0].numpy(), s.image[0].numpy() > 0) for s in scans]
     rows = {}
     for quantile in QUANTILES:
         t = calibration.threshold("location", quantile)
@@ -116,6 +142,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def read_fusion(text: str) -> Fusion:
+    """The fusion that "RULE:MAP=WEIGHT,MAP=WEIGHT" stands for."""
+    rule, weights = text.split(":", 1)
+    return Fusion(rule, {name: float(weight) for name, weight in (w.split("=") for w in weights.split(","))})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_dir", default=str(ROOT / "models"))
@@ -123,20 +155,33 @@ def main() -> None:
     parser.add_argument("--healthy", required=True, help="prepared dataset: calibration, validation")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME=DATASET:SECTION", help="datasets with labels")
     parser.add_argument("--filter_mm", nargs="*", type=float, default=[], help="sigmas to compare")
+    parser.add_argument("--fusion", nargs="*", default=[], metavar="RULE:MAP=WEIGHT,...", help="fusions to compare")
     parser.add_argument("--quantile", type=float, help="of healthy scans, the threshold of Dice; default: the config's")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     bench = Bench(args.ckpt_dir, args.contrast, args.set)
     quantile = args.quantile or float(bench.parser.get_parsed_content("threshold_quantile"))
-    if args.filter_mm:
-        channels, images, _ = zip(*bench.scans(args.healthy, "calibration"))
-        calibrations = {
-            f"filter {mm:g} mm": fit_calibration(channels, images, args.contrast, bench.spacing, filter_mm=mm)
-            for mm in args.filter_mm
-        }
+    fusions = {"": None, **{text: read_fusion(text) for text in args.fusion}}
+    calibrations: dict[str, dict[str, Calibration]] = {}
+    if args.filter_mm or args.fusion:
+        fitted_to = list(bench.scans(args.healthy, "calibration"))
+        maps = {name: [s.maps[name] for s in fitted_to] for name in fitted_to[0].maps}
+        for mm in args.filter_mm or [3.0]:
+            calibrations[f"filter {mm:g} mm"] = {
+                text: fit_calibration(
+                    [s.channels for s in fitted_to],
+                    [s.image for s in fitted_to],
+                    args.contrast,
+                    bench.spacing,
+                    filter_mm=mm,
+                    maps=maps,
+                    fusion=fusion,
+                )
+                for text, fusion in fusions.items()
+            }
     else:
-        calibrations = {"calibration of the model": bench.parser.get_parsed_content("calibration").load()}
+        calibrations["calibration of the model"] = {"": bench.parser.get_parsed_content("calibration").load()}
     healthy = list(bench.scans(args.healthy, "validation"))
     tests = {}
     for test in args.test:
@@ -144,7 +189,7 @@ def main() -> None:
         tests[name] = list(bench.scans(*where.rsplit(":", 1)))
     results: dict[str, Any] = {}
     for key, fitted in calibrations.items():
-        results[key] = {"healthy, held out": false_alarms(fitted, healthy, bench.spacing)}
+        results[key] = {"healthy, held out": false_alarms(fitted[""], healthy, bench.spacing)}
         for name, scans in tests.items():
             results[key][name] = measure(fitted, scans, bench.spacing, quantile)
         for name, rows in results[key].items():

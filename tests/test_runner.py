@@ -126,7 +126,7 @@ def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
         inside = source.get_fdata() > 0
         scores, found = heatmap.get_fdata(dtype=np.float32), np.asarray(lesion.dataobj) > 0
         assert (scores[~inside] == scores.min()).all() and not found[~inside].any()
-        threshold = json.loads((models / "calibration_t1.json").read_text())["quantiles"]["location"]["0.9995"]
+        threshold = json.loads((models / "calibration_t1.json").read_text())["quantiles"]["fusion"]["0.9995"]
         np.testing.assert_array_equal(found, inside & (scores > threshold))
         assert float(row["max_score"]) == pytest.approx(scores[inside].max(), abs=1e-3)
         voxel_ml = abs(np.linalg.det(source.affine)) / 1000
@@ -202,7 +202,8 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
     succeed("evaluation", "evaluate", grid_file, *use)
     succeed("inference", "inference", grid_file, *use)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(metrics["methods"]) == {"location", "atlas_z", "intensity", "intensity_opposite", "all_positive"}
+    methods = ["fusion", "location", "atlas_z", "intensity", "intensity_opposite", "all_positive"]
+    assert list(metrics["methods"]) == methods
     assert "healthy" in metrics["threshold"]["chosen_by"] and metrics["cases_with_lesions"] == 2
     scores, labels, dices = [], [], []
     for item in json.loads((cohort / "datalist.json").read_text())["test"]:
@@ -213,18 +214,18 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
             nib.load(tmp_path / name / f"{name}_{k}.nii.gz").get_fdata()[inside] for k in ("heatmap", "lesion")
         )
         case = metrics["cases"][name]
-        assert case["location"]["auprc"] == pytest.approx(average_precision_score(label, heatmap), abs=1e-5)
+        assert case["fusion"]["auprc"] == pytest.approx(average_precision_score(label, heatmap), abs=1e-5)
         assert case["all_positive"]["auprc"] == pytest.approx(label.mean(), abs=1e-6)
         dices.append(2 * (lesion * label).sum() / (lesion.sum() + label.sum()))
-        assert case["location"]["dice"] == pytest.approx(dices[-1], abs=1e-5)
+        assert case["fusion"]["dice"] == pytest.approx(dices[-1], abs=1e-5)
         scores.append(heatmap)
         labels.append(label)
-    method = metrics["methods"]["location"]
+    method = metrics["methods"]["fusion"]
     pooled = average_precision_score(np.concatenate(labels), np.concatenate(scores))
     assert method["auprc_pooled"] == pytest.approx(pooled, abs=1e-5)
     assert method["dice_mean"] == pytest.approx(np.mean(dices), abs=1e-5)
     table = rows(tmp_path / "metrics.csv")
-    assert len(table) == 2 * 5 and set(table[0]) == {"case", "method", *CASE_METRICS}
+    assert len(table) == 2 * 6 and set(table[0]) == {"case", "method", *CASE_METRICS}
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 + 3 and "http" not in page.replace("http-equiv", "")
     assert (

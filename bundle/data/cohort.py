@@ -239,6 +239,7 @@ class Preparation:
             raise
         item.update(subject=scan["subject"], person=scan["person"], contrast=scan["contrast"])
         item.update(atlas_overlap=round(overlap, 4), to_atlas=_to_atlas(data["image"]).tolist())
+        item["content"] = hashlib.sha256(data["image"].as_tensor().numpy().tobytes()).hexdigest()
         item["source"] = {k: os.path.relpath(scan[k], self.dataset_dir) for k in ("image", "label") if k in scan}
         write_json(record, {"item": item, "made_from": made_from})
         return item
@@ -248,6 +249,23 @@ def _to_atlas(image: MetaTensor) -> np.ndarray:
     """4x4 matrix from the world of the scan, as it was, to the atlas': what its registration left in the history."""
     steps = [step["extra_info"].get("scan_to_atlas") for step in image.applied_operations if "extra_info" in step]
     return np.array(next((matrix for matrix in steps if matrix is not None), np.eye(4)), float)
+
+
+def _drop_duplicates(datalist: dict[str, list[dict[str, Any]]]) -> None:
+    """Keep one of the scans that hold the same image under several names, as public lists do, and tell of the others:
+    nobody is trained on and tested, or counted twice. Patients stay rather than what is trained on.
+    """
+    first: dict[str, str] = {}
+    for section in reversed(SECTIONS):
+        kept = []
+        for item in datalist[section]:
+            name = f"{item['subject']} ({item['contrast']})"
+            other = first.setdefault(item.pop("content"), name)
+            if other == name:
+                kept.append(item)
+            else:
+                print(f"{name}, of '{section}', is the same image as {other}: left out")
+        datalist[section] = kept
 
 
 def _read_record(file: Path) -> dict[str, Any]:
@@ -339,6 +357,7 @@ def prepare_cohort(
             datalist[section[scan["person"]]].append(item)
     for items in datalist.values():
         items.sort(key=lambda i: i["image"])
+    _drop_duplicates(datalist)
     everyone = sorted((i for items in datalist.values() for i in items), key=lambda i: i["atlas_overlap"])
     file = folder / "datalist.json"
     write_json(file, {name: items for name, items in datalist.items() if items})

@@ -93,8 +93,8 @@ class ToSpaced(MapTransform):
         d = {key: value for key, value in data.items() if value is not None}  # MONAI's engine gives label None if none
         if self.space == "atlas":
             return d
-        source = dict(d.get("source", {})) or {k: d[k].meta["filename_or_obj"] for k in ("label", "image") if k in d}
-        file = source.get("label") or source["image"]
+        of = "label" if "label" in d else "image"
+        file = d["source"][of] if "source" in d else d[of].meta["filename_or_obj"]
         if not Path(file).exists():
             raise InputError(f"{file}: the scan as it was is gone; evaluate with --space atlas or prepare it again")
         target = self.load({"scan": file})["scan"]
@@ -104,18 +104,11 @@ class ToSpaced(MapTransform):
         d["brain"] = MetaTensor((d["image"].as_tensor().cpu() > 0).float()).copy_meta_from(d["image"])
         d = MaskOutsided(heatmaps, "brain")(d)
         for key in ("image", "brain", *heatmaps, *lesions):
-            volume = MetaTensor(
-                d[key].as_tensor().cpu().float(), affine=np.linalg.inv(to_atlas) @ d[key].affine.numpy()
-            )
-            d[key] = self.resample(volume, img_dst=target)
+            affine = np.linalg.inv(to_atlas) @ d[key].affine.numpy()
+            d[key] = self.resample(MetaTensor(d[key].as_tensor().cpu().float(), affine=affine), img_dst=target)
         d = KeepVolumed(lesions)(FillOutsided(heatmaps, "brain")(d))
         d["image"] = d["image"].clamp(min=1e-3) * d["brain"]
-        if "label" in source:
-            d["label"] = target
-            d = IgnoreLabelsd("label")(d)
-        else:
-            d.pop("label", None)
-        return d
+        return IgnoreLabelsd("label")({**d, "label": target}) if of == "label" else d
 
 
 def measure_methods(data: Mapping[Hashable, Any], score: str) -> dict[str, CaseMeasures]:

@@ -13,7 +13,7 @@ from .calibration import (
     require_model,
     save_calibration,
 )
-from .fusion import RULES, Fusion
+from .fusion import RULES, Fusion, usual_weights
 from .transforms import AnomalyHeatmapd, FindLesionsd, score_of
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "save_calibration",
     "score_of",
     "smooth_inside",
+    "usual_weights",
 ]

@@ -84,8 +84,8 @@ class Calibration:
             name: "location" (the sum of both channels, each calibrated, calibrated again), "squared_error" or
                 "variance" (one calibrated channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (calibrated
                 intensity, signed so that lesions are high), "intensity" (signed), "intensity_opposite" (its other
-                tail), a name in `extra_maps` (calibrated), "fusion" (of any of these). What comes from the network is
-                filtered and, calibrated, brought to the scan's own usual level, see `within_scan`.
+                tail), a name in `extra_maps` (calibrated), "fusion" (of any of these). All but those of
+                the intensity are filtered and, calibrated, brought to the scan's own usual level, see `within_scan`.
             channels: anomaly channels ``[2, H, W, D]``.
             image: normalised intensities ``[1, H, W, D]``, 0 outside the brain.
             maps: of other methods ``[1, H, W, D]``, by name.
@@ -93,14 +93,16 @@ class Calibration:
         Raises:
             InputError: a score that there is none of, or a map that the scan or the calibration lacks.
         """
+        maps = maps or {}
         if name not in INTENSITY_SCORES:
             channels = smooth_inside(channels, image > 0, self.filter_sigma)
-        return self._score_filtered(name, channels, image, maps or {})
+            maps = {key: smooth_inside(volume, image > 0, self.filter_sigma) for key, volume in maps.items()}
+        return self._score_filtered(name, channels, image, maps)
 
     def _score_filtered(
         self, name: str, filtered: torch.Tensor, image: torch.Tensor, maps: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """`score` of channels that were filtered already."""
+        """`score` of channels and maps that were filtered already."""
         inside = image > 0
         if name == "fusion":
             if self.fusion is None:
@@ -110,7 +112,7 @@ class Calibration:
         if name in self.extra_maps:
             if name not in maps:
                 raise InputError(f"the map '{name}' is missing for this scan")
-            return fill_outside(self.standardise(name, maps[name]), inside)
+            return fill_outside(within_scan(self.standardise(name, maps[name]), inside), inside)
         if name not in SCORES:
             raise InputError(f"no map '{name}' in the calibration: run the calibration again with it")
         if name in INTENSITY_SCORES:
@@ -225,7 +227,7 @@ def fit_calibration(
         contrast: one of `LESION_SIGN`.
         spacing: of the grid, mm; maps are kept at 2 mm where that is coarser.
         smoothing_mm: sigma of the Gaussian over the maps.
-        filter_mm: sigma of the Gaussian over the anomaly channels of each scan.
+        filter_mm: sigma of the Gaussian over the anomaly channels and other methods' maps of each scan.
         provenance, fusion: see `Calibration`.
         maps: of other methods: name -> per scan ``[1, H, W, D]``.
 
@@ -243,7 +245,11 @@ def fit_calibration(
     factor = max(1, round(_MAP_SPACING / spacing))
     sigma, filter_sigma = smoothing_mm / (spacing * factor), filter_mm / spacing
     raw: dict[str, torch.Tensor] = {}
-    smooth = [smooth_inside(c, i > 0, filter_sigma) for c, i in zip(channels, images)]
+
+    def smoothed(volumes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [smooth_inside(v, i > 0, filter_sigma) for v, i in zip(volumes, images)]
+
+    smooth, maps = smoothed(channels), {name: smoothed(volumes) for name, volumes in maps.items()}
     for name, volumes in (
         ("squared_error", [c[:1] for c in smooth]),
         ("variance", [c[1:] for c in smooth]),

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from scipy import stats
 
 from bundle.errors import InputError
 
+# chosen on planted lesions (docs/results.md): the maps that every scan has, and the one that needs a second network
+_WEIGHTS, _RECONSTRUCTION = {"location": 1.0, "atlas_z": 1.0}, {"reconstruction": 2.0}
 RULES = ("sum", "product", "maximum", "rank")
 
 
@@ -72,3 +75,11 @@ class Fusion:
         result = torch.zeros(inside.shape)
         result[inside] = fused.float()
         return result
+
+
+def usual_weights(reconstruction_path: str | Path) -> dict[str, float]:
+    """Weights of the fusion that is used if none is named: location, the atlas z-score and, where its network's weights
+    are there, the reconstruction residual. A calibration holds the thresholds of one fusion, so that nobody loses or
+    gains that file without being told.
+    """
+    return {**_WEIGHTS, **(_RECONSTRUCTION if Path(reconstruction_path).is_file() else {})}

@@ -52,7 +52,7 @@ def _optimise(
     method.SetMetricAsMattesMutualInformation(32)
     method.SetMetricFixedMask(fixed_mask)
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentagePerLevel(list(shares), seed)
+    method.SetMetricSamplingPercentagePerLevel(list(shares), seed + 1)  # SimpleITK takes 0 for the clock
     method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, iterations, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()

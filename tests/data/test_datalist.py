@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bundle.data import list_scans, load_datalist
+from bundle.data import evaluation_items, list_scans, load_datalist
 from bundle.errors import InputError
 
 
@@ -105,3 +105,37 @@ def test_what_cannot_be_run_is_named(tmp_path, path, mask, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=message):
         list_scans(tmp_path / path, mask and tmp_path / mask)
+
+
+def test_other_methods_maps_are_found_or_named(tmp_path):
+    """In a folder by the scan's name, or in the item itself, which goes first."""
+    own = {"image": "b.nii.gz", "fusion_maps": {"diffusion": "own.nii.gz"}}
+    files = ["a.nii.gz", "b.nii.gz", "own.nii.gz", "maps/a.nii", "maps/b.nii.gz"]
+    dataset(tmp_path, {"test": [{"image": "a.nii.gz"}, own]}, files)
+    maps = {"diffusion": str(tmp_path / "maps")}
+    found = [item["diffusion"] for item in load_datalist(tmp_path, "test", maps=maps)]
+    assert found == [str(tmp_path / "maps/a.nii"), str(tmp_path / "own.nii.gz")]
+    assert all("fusion_maps" not in item for item in load_datalist(tmp_path, "test"))
+    with pytest.raises(InputError, match=r"a.nii.gz: its map 'diffusion' is not there \('fusion_maps' of its item"):
+        load_datalist(tmp_path, "test", maps={"diffusion": ""})
+    (scan,) = list_scans(tmp_path / "a.nii.gz", maps=maps)
+    assert scan["diffusion"].endswith("maps/a.nii")
+    with pytest.raises(InputError, match="its map 'other' is not there"):
+        list_scans(tmp_path / "a.nii.gz", maps={"other": str(tmp_path / "nowhere")})
+
+
+def test_an_evaluation_has_test_tuning_and_healthy_scans(tmp_path):
+    label = {"label": "a.nii", "contrast": "t1"}
+    lists = {"test": [{"image": "a.nii", **label}], "tuning": [{"image": "b.nii", **label}]}
+    dataset(tmp_path, lists, ["a.nii", "b.nii"])
+    (tmp_path / "healthy").mkdir()
+    dataset(tmp_path / "healthy", {"validation": [{"image": "c.nii"}]}, ["c.nii"])
+    items = evaluation_items(tmp_path, "test", "t1", healthy_dir=tmp_path / "healthy")
+    assert [(i["name"], i["purpose"]) for i in items] == [("a", "test"), ("b", "tuning"), ("c", "healthy")]
+    assert [i["purpose"] for i in evaluation_items(tmp_path, "tuning", "t1")] == ["test"]
+    dataset(tmp_path, {**lists, "tuning": [{"image": "b.nii", "contrast": "t2"}]})
+    assert [i["purpose"] for i in evaluation_items(tmp_path, "test", "t1")] == ["test"]
+    dataset(tmp_path, {**lists, "tuning": [{"image": "b.nii"}]})
+    with pytest.raises(InputError, match="item 0 of 'tuning' has no 'label'"):
+        evaluation_items(tmp_path, "test", "t1")
+    assert evaluation_items("", "test", "t1") == []

@@ -76,4 +76,4 @@ def test_matching_equals_panoptica():
         result = judge.evaluate(found, truth, verbose=False)
         result = next(iter(result.values())) if isinstance(result, dict) else result
         hit, total, false = count_lesions(found, truth)
-        assert (result.tp, result.num_ref_instances, result.fp) == (hit, total, false)
+        assert (result.tp, result.n_ref_instances, result.fp) == (hit, total, false)

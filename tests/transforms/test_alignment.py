@@ -84,3 +84,9 @@ def test_another_atlas_from_a_file(atlas, tmp_path):
         load_atlas(str(head))
     with pytest.raises(InputError, match=r"gone\.nii: atlas cannot be read"):
         load_atlas(str(tmp_path / "gone.nii"))
+
+
+def test_the_same_scan_is_aligned_the_same_way_twice(atlas):
+    """Its random sampling is seeded, not by the clock."""
+    first, second = (register_to_atlas(atlas.template, atlas.brain_mask, atlas) for _ in range(2))
+    np.testing.assert_allclose(first, second, atol=1e-4)

@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from bundle.errors import InputError
-from bundle.transforms import CorrectBiasFieldd, CurvatureFlowd, NormalizeBrainIntensityd, learn_landmarks
+from bundle.transforms import (
+    CorrectBiasFieldd,
+    CurvatureFlowd,
+    NormalizeBrainIntensityd,
+    RandCoarseNoised,
+    learn_landmarks,
+)
 from tests.conftest import ellipsoid, meta
 
 SHAPE = (30, 32, 28)
@@ -121,3 +127,22 @@ def test_curvature_flow_smooths_noise_but_not_edges():
         CurvatureFlowd("image", 5)({"image": noisy, "prepared": 1}),
     ):
         torch.testing.assert_close(left["image"], noisy)
+
+
+def test_coarse_noise_is_smooth_inside_the_brain_and_seeded():
+    image = torch.zeros(1, 60, 70)
+    image[:, 5:55, 5:65] = 5
+    add = RandCoarseNoised("image", std=0.2, cell=8)
+    noise = [add.set_random_state(seed)({"image": image})["image"] - image for seed in (1, 1, 2)]
+    assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
+    inside = noise[0][0, 5:55, 5:65]
+    assert (noise[0][image == 0] == 0).all() and 0.05 < inside.std() < 0.25
+    assert (inside[1:] - inside[:-1]).abs().max() < 0.2  # no voxel jumps: blobs of several voxels
+    many = torch.stack([add.set_random_state(s)({"image": image})["image"] - image for s in range(200)])[
+        :, 0, 5:55, 5:65
+    ]
+    assert many.mean().abs() < 0.02
+    spread = many.std(0)  # the lattice is shifted at random: no place is noisier than another
+    assert spread.max() < 1.5 * spread.min()
+    dark = add({"image": image * 0.0002})["image"]
+    assert (dark[image > 0] >= 0.001).all()
