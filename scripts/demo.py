@@ -49,16 +49,16 @@ def main() -> None:
     runner("evaluation", "evaluate", *use, "--output_dir", results)
 
     metrics = json.loads((ROOT / results / "metrics.json").read_text())
-    location, floor = (metrics["methods"][m]["auprc_mean"] for m in (metrics["settings"]["score"], "all_positive"))
+    location, floor = (metrics["methods"][m]["auprc_mean"] for m in ("location", "all_positive"))
     ranked = sorted(metrics["cases"], key=lambda name: metrics["cases"][name][metrics["settings"]["score"]]["auprc"])
     median = ranked[len(ranked) // 2]
     print(f"\nPlanted lesions in {len(metrics['cases'])} phantoms that were never trained on:\n")
     print(format_table(metrics["methods"]))
     print(
-        f"\nThe location score finds them {location / floor:.1f} times better than chance (all_positive). "
+        f"\nThe location score alone finds them {location / floor:.1f} times better than chance (all_positive). "
         f"Threshold {metrics['threshold']['value']:.2f}: {metrics['threshold']['chosen_by']}."
     )
-    print("Phantoms share one anatomy, which flatters atlas_z; the README has results on real scans.")
+    print("Phantoms share one anatomy, which flatters atlas_z and the fusion with it; the README has real scans.")
     print(f"Done in {time.monotonic() - started:.0f} s. Now look at the median case, neither best nor worst:\n")
     print(ROOT / results / median / f"{median}_report.png")
 

@@ -167,7 +167,16 @@ def test_shipped_weights_find_a_patients_lesions(contrast, tmp_path):
     """From the file to the heatmap in its own space, against what chance and the plain intensity reach there."""
     folder = DATA / "mslub_mni_1mm/patient26"
     command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
-    command += ["--contrast", contrast, "--dataset_dir", folder / f"{contrast}.nii.gz", "--output_dir", tmp_path]
+    command += [
+        "--score",
+        "location",
+        "--contrast",
+        contrast,
+        "--dataset_dir",
+        folder / f"{contrast}.nii.gz",
+        "--output_dir",
+        tmp_path,
+    ]
     result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     heatmap = nib.load(tmp_path / contrast / f"{contrast}_heatmap.nii.gz").get_fdata()
