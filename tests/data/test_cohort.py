@@ -150,7 +150,7 @@ def test_preparation_through_the_runner(tmp_path, grid_file):
     assert not list(out.rglob(".partial*")) and not list(out.rglob("c_t1*"))
 
     before = {f: f.stat().st_mtime_ns for f in (out / "images").iterdir()}
-    write_nifti(source / "c_t1.nii.gz", brain, affine)
+    write_nifti(source / "c_t1.nii.gz", brain * 2, affine)  # the same scan again would be dropped as a duplicate
     result = run_bundle(*command, "--dataset", "folder")
     assert result.returncode == 0, result.stderr
     assert len(json.loads((out / "datalist.json").read_text())["test"]) == 3
