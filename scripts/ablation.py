@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from tqdm import tqdm
 
@@ -23,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bundle.data import load_datalist  # noqa: E402
-from bundle.data.files import write_json  # noqa: E402
+from bundle.data.files import atomic_path, write_json  # noqa: E402
 from bundle.metrics import average_precision, count_lesions, recall_at_false_positives  # noqa: E402
+from bundle.reports.figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR  # noqa: E402
 from bundle.scoring import SCORES, Calibration, Fusion, fit_calibration  # noqa: E402
 from bundle.scoring.calibration import QUANTILES  # noqa: E402
 
@@ -91,7 +94,7 @@ def measure(
     scores = [name for name in SCORES if name != "intensity_opposite"] + calibrations[""].extra_maps
     for name, calibration, score in [
         *((name, calibrations[""], name) for name in scores),
-        *((name, fitted, "fusion") for name, fitted in calibrations.items() if name),
+        *((str(fitted.fusion), fitted, "fusion") for fitted in calibrations.values() if fitted.fusion is not None),
     ]:
         maps = [calibration.score(score, s.channels, s.image, s.maps)[0].numpy() for s in scans]
         threshold = calibration.threshold(score, quantile)
@@ -118,12 +121,14 @@ def measure(
     return rows
 
 
-def false_alarms(calibration: Calibration, scans: list, spacing: float) -> dict[str, dict[str, float]]:
-    """Per threshold: share of healthy voxels above it in the location score, and findings above 100 mm^3 a scan."""
-    maps = [(calibration.score("location", s.channels, s.image)[0].numpy(), s.image[0].numpy() > 0) for s in scans]
+def false_alarms(
+    calibration: Calibration, scans: list[Scan], spacing: float, score: str
+) -> dict[str, dict[str, float]]:
+    """Per threshold: share of healthy voxels above it, and findings above 100 mm^3 a scan."""
+    maps = [(calibration.score(score, s.channels, s.image, s.maps)[0].numpy(), s.image[0].numpy() > 0) for s in scans]
     rows = {}
     for quantile in QUANTILES:
-        t = calibration.threshold("location", quantile)
+        t = calibration.threshold(score, quantile)
         found = [(m > t) & i for m, i in maps]
         false = [count_lesions(f, np.zeros_like(f), FALSE_LESION_MM3 / spacing**3)[2] for f in found]
         rows[f"{quantile:g}"] = {
@@ -132,6 +137,43 @@ def false_alarms(calibration: Calibration, scans: list, spacing: float) -> dict[
             "findings_per_scan": float(np.mean(false)),
         }
     return rows
+
+
+def draw_maps(path: Path, calibration: Calibration, scans: list[Scan], quantile: float) -> None:
+    """Scan, each map of the fusion and the fusion, side by side, with what each finds (red) and the truth (green).
+
+    The scans are those at the quarters of the fusion's Dice, in the slice that holds most of the lesion.
+    """
+    if calibration.fusion is None:
+        raise SystemExit("--picture with --filter_mm needs a --fusion")
+    names = [*calibration.fusion.weights, "fusion"]
+    maps = [{n: calibration.score(n, s.channels, s.image, s.maps)[0].numpy() for n in names} for s in scans]
+    cuts = {n: calibration.threshold(n, quantile) for n in names}
+    dice = [
+        {n: 2 * ((m[n] > cuts[n]) & s.label).sum() / ((m[n] > cuts[n]).sum() + s.label.sum()) for n in names}
+        for m, s in zip(maps, scans)
+    ]
+    order = np.argsort([d["fusion"] for d in dice])
+    figure = Figure(figsize=(2.6 * (len(names) + 1), 9.6), facecolor="black", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, len(names) + 1)
+    for row, quarter in enumerate((3, 2, 1)):
+        case = order[quarter * len(order) // 4]
+        k = int(scans[case].label.sum((0, 1)).argmax())
+        scan, truth = scans[case].image[0, ..., k].numpy().T, scans[case].label[..., k].T
+        for ax, name in zip(axes[row], ["", *names]):
+            ax.imshow(scan, cmap="gray", origin="lower", vmin=0, vmax=max(1.0, float(scan.max())))
+            ax.set_axis_off()
+            found = maps[case][name][..., k].T if name else None
+            if found is not None:
+                shown = np.ma.masked_where((scan <= 0) | (found < HEAT_RANGE[0]), found)
+                ax.imshow(shown, cmap="inferno", origin="lower", vmin=HEAT_RANGE[0], vmax=HEAT_RANGE[1], alpha=0.7)
+                if (found > cuts[name]).any():
+                    ax.contour(found > cuts[name], levels=[0.5], colors=[FOUND_COLOUR], linewidths=1.2)
+                ax.set_title(f"{name}, Dice {dice[case][name]:.2f}", color="white", fontsize=11)
+            ax.contour(truth, levels=[0.5], colors=[TRUE_COLOUR], linewidths=1.2)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -158,6 +200,7 @@ def main() -> None:
     parser.add_argument("--fusion", nargs="*", default=[], metavar="RULE:MAP=WEIGHT,...", help="fusions to compare")
     parser.add_argument("--quantile", type=float, help="of healthy scans, the threshold of Dice; default: the config's")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
+    parser.add_argument("--picture", type=Path, help="PNG of the maps of three scans of the last --test")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     bench = Bench(args.ckpt_dir, args.contrast, args.set)
@@ -189,9 +232,16 @@ def main() -> None:
         tests[name] = list(bench.scans(*where.rsplit(":", 1)))
     results: dict[str, Any] = {}
     for key, fitted in calibrations.items():
-        results[key] = {"healthy, held out": false_alarms(fitted[""], healthy, bench.spacing)}
+        scores = {"location": (fitted[""], "location")}
+        scores |= {str(c.fusion): (c, "fusion") for c in fitted.values() if c.fusion is not None}
+        results[key] = {
+            f"healthy, held out, {name}": false_alarms(calibration, healthy, bench.spacing, score)
+            for name, (calibration, score) in scores.items()
+        }
         for name, scans in tests.items():
             results[key][name] = measure(fitted, scans, bench.spacing, quantile)
+        if args.picture:
+            draw_maps(args.picture, list(fitted.values())[-1], list(tests.values())[-1], quantile)
         for name, rows in results[key].items():
             print(f"\n{args.contrast}, {key}, {name}\n\n{table(rows)}", flush=True)
     if args.output:

@@ -12,6 +12,7 @@ from .calibration import (
     reconstruction_file,
     require_model,
     save_calibration,
+    usual_quantile,
 )
 from .fusion import RULES, Fusion, usual_weights
 from .transforms import AnomalyHeatmapd, FindLesionsd, score_of
@@ -37,5 +38,6 @@ __all__ = [
     "save_calibration",
     "score_of",
     "smooth_inside",
+    "usual_quantile",
     "usual_weights",
 ]

@@ -36,6 +36,7 @@ INTENSITY_SCORES = ("atlas_z", "intensity", "intensity_opposite")
 # what can be asked of `Calibration.score` of every scan; also "fusion", and maps that a scan brings along
 SCORES = ("location", "squared_error", "variance", "uncalibrated", *INTENSITY_SCORES)
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
+_USUAL_QUANTILE, _OTHER_QUANTILES = 0.9995, {("t2", "fusion"): 0.999, ("t2", "location"): 0.9998}
 _MAP_SPACING = 2.0
 
 
@@ -279,6 +280,13 @@ def fit_calibration(
     }
     about = {"subjects": len(images), **(provenance or {})}
     return replace(fit(everyone), quantiles=quantiles, provenance=about)
+
+
+def usual_quantile(contrast: str, score: str) -> float:
+    """Share of healthy brain voxels below the threshold that is used if none is named: of those stored, the one at which
+    held-out healthy scans come nearest to two findings above 100 mm^3 each with the shipped weights (docs/results.md).
+    """
+    return _OTHER_QUANTILES.get((contrast, score), _USUAL_QUANTILE)
 
 
 def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.Tensor:
