@@ -36,7 +36,10 @@ INTENSITY_SCORES = ("atlas_z", "intensity", "intensity_opposite")
 # what can be asked of `Calibration.score` of every scan; also "fusion", and maps that a scan brings along
 SCORES = ("location", "squared_error", "variance", "uncalibrated", *INTENSITY_SCORES)
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
-_USUAL_QUANTILE, _OTHER_QUANTILES = 0.9995, {("t2", "fusion"): 0.999, ("t2", "location"): 0.9998}
+_USUAL_QUANTILES = {
+    **{("t1", "fusion"): 0.9998, ("t2", "fusion"): 0.999, ("flair", "fusion"): 0.9998},
+    **{("t1", "location"): 0.9995, ("t2", "location"): 0.9998, ("flair", "location"): 0.9995},
+}
 _MAP_SPACING = 2.0
 
 
@@ -283,10 +286,11 @@ def fit_calibration(
 
 
 def usual_quantile(contrast: str, score: str) -> float:
-    """Share of healthy brain voxels below the threshold that is used if none is named: of those stored, the one at which
-    held-out healthy scans come nearest to two findings above 100 mm^3 each with the shipped weights (docs/results.md).
+    """Share of healthy brain voxels below the threshold that is used if none is named: of those stored, the least at
+    which held-out healthy scans have, on average, at most two findings above 100 mm^3 with the shipped weights
+    (docs/results.md); 0.9995 for scores and contrasts that it was not looked up for.
     """
-    return _OTHER_QUANTILES.get((contrast, score), _USUAL_QUANTILE)
+    return _USUAL_QUANTILES.get((contrast, score), 0.9995)
 
 
 def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.Tensor:
