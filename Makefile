@@ -10,7 +10,7 @@ demo: env
 	$(BIN)/python scripts/demo.py --output_dir demo
 
 test: $(VENV)/tools
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/tools
 	$(BIN)/ruff format --check .
