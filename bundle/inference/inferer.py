@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,23 @@ import torch.nn.functional as F
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_dst_type
 
+from bundle.errors import InputError
 from bundle.scoring import anomaly_channels, fill_outside
 from bundle.transforms.sampling import patch_centers, slice_position
+
+
+def load_weights(network: Any, model_file: str | Path) -> None:
+    """Put a flat state dict into a network.
+
+    Raises:
+        InputError: a file that is none, or that of another network.
+    """
+    try:
+        network.load_state_dict(torch.load(model_file, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch has many for a file that is no model, or another's
+        raise InputError(
+            f"{model_file}: no weights of the configured {type(network).__name__}; train it again"
+        ) from error
 
 
 class AutocastInferer(SimpleInferer):
@@ -48,8 +64,11 @@ class PatchLocationInferer(Inferer):
         precision: "float32", or "bfloat16" for autocast.
         output: "anomaly" gives log squared error and log variance ``[B, 2, H, W, D]``, voxels outside the brain set to
             the lowest score inside; "location" gives the network's four channels as they are, 0 outside the brain.
+        model_file: weights (a flat state dict) that are put into the network before its first volume. MONAI's runner
+            does that by itself; MONAI Label hands over the weights of ``model.pt``, whatever the contrast.
 
     Raises:
+        InputError: weights that cannot be read or are of another network.
         ValueError: an unknown ``precision`` or ``output``; an input that is not ``[B, 1, H, W, D]``, or has no brain;
             a network of another stride.
     """
@@ -61,12 +80,14 @@ class PatchLocationInferer(Inferer):
         max_positions: int = 2**15,
         precision: str = "float32",
         output: str = "anomaly",
+        model_file: str | None = None,
     ) -> None:
         super().__init__()
         if precision not in ("float32", "bfloat16") or output not in ("anomaly", "location"):
             raise ValueError(f"unknown precision '{precision}' or output '{output}'")
         self.patch_size, self.stride, self.max_positions = patch_size, stride, max_positions
-        self.precision, self.output = precision, output
+        self.precision, self.output, self.model_file = precision, output, model_file
+        self._loaded: Any = None
 
     @torch.no_grad()
     def __call__(
@@ -75,6 +96,9 @@ class PatchLocationInferer(Inferer):
         """Args: inputs ``[B, 1, H, W, D]`` normalised intensities; network as `PatchLocator`, of this stride."""
         if inputs.ndim != 5 or inputs.shape[1] != 1:
             raise ValueError(f"expected volumes [B, 1, H, W, D], got {tuple(inputs.shape)}")
+        if self.model_file is not None and self._loaded is not network:
+            load_weights(network, self.model_file)
+            self._loaded = network
         volumes = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
         results = torch.stack([self._volume(v[0], network) for v in volumes])
         return convert_to_dst_type(results, inputs)[0]

@@ -12,8 +12,9 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import nn
 
-from bundle.errors import InputError
 from bundle.scoring import LESION_SIGN
+
+from .inferer import load_weights
 
 
 class ReconstructionMapd(MapTransform):
@@ -46,22 +47,15 @@ class ReconstructionMapd(MapTransform):
         self.contrast, self.output_key = contrast, output_key
         self._ready = False
 
-    def _load(self) -> None:
-        try:
-            state = torch.load(self.model_file, map_location="cpu", weights_only=True)
-            self.network.load_state_dict(state)
-        except Exception as error:  # torch has many for a file that is no model, or another's
-            raise InputError(f"{self.model_file}: no weights of this reconstruction network; train it again") from error
-        self.network.to(self.device).eval()
-        self._ready = True
-
     @torch.no_grad()
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         if not self._ready:
             if not self.model_file.is_file():
                 return d
-            self._load()
+            load_weights(self.network, self.model_file)
+            self.network.to(self.device).eval()
+            self._ready = True
         image = d[self.keys[0]]
         volume = image.as_tensor().cpu().float()
         filled = torch.nonzero((volume[0] > 0).any(0).any(0))[:, 0]

@@ -2,5 +2,15 @@ from .alignment import draw_alignment, draw_contact_sheet
 from .figure import draw_report
 from .findings import SaveFindings
 from .metrics import SaveMetrics
+from .viewer import LabelMapd, chosen, chosen_threshold
 
-__all__ = ["SaveFindings", "SaveMetrics", "draw_alignment", "draw_contact_sheet", "draw_report"]
+__all__ = [
+    "LabelMapd",
+    "SaveFindings",
+    "SaveMetrics",
+    "chosen",
+    "chosen_threshold",
+    "draw_alignment",
+    "draw_contact_sheet",
+    "draw_report",
+]

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
-from scipy import ndimage
 
 from bundle.data.files import nifti_header, share, write_text, write_volume
 from bundle.errors import InputError
 from bundle.parallel import gather, is_main
 from bundle.scoring import FindLesionsd
-from bundle.transforms.brain import mask_volume_ml
 
 from .figure import HEAT_RANGE, draw_report
 
@@ -43,7 +41,7 @@ class SaveFindings:
 
     Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label`` on the atlas grid,
     ``heatmap_atlas`` and ``lesion_atlas`` there too, ``heatmap`` and ``lesion`` back on the input's grid, and
-    ``brain_mask`` there.
+    ``result`` as `LabelMapd` makes it.
 
     Args:
         output_dir: OUT.
@@ -89,13 +87,12 @@ class SaveFindings:
     def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         heatmap, lesion = output["heatmap"], output["lesion"]
         volumes = {k: np.asarray(output[k][0]) for k in ("heatmap", "lesion", "heatmap_atlas", "lesion_atlas")}
-        found = volumes["lesion"] > 0
-        brain = np.asarray(output["brain_mask"][0]) > 0
+        found, figures = volumes["lesion"] > 0, output["result"]
         row = {
-            "lesion_volume_ml": f"{mask_volume_ml(found, heatmap):.2f}",
-            "lesions": int(ndimage.label(found, np.ones((3, 3, 3)))[1]),
-            "max_score": f"{volumes['heatmap'][brain].max():.3f}",
-            "mean_score": f"{volumes['heatmap'][brain].mean():.3f}",
+            "lesion_volume_ml": f"{figures['lesion_volume_ml']:.2f}",
+            "lesions": len(figures["lesions"]),
+            "max_score": f"{figures['max_score']:.3f}",
+            "mean_score": f"{figures['mean_score']:.3f}",
         }
         header = nifti_header(output["image"].meta["filename_or_obj"])
         label = output.get("label")

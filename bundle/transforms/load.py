@@ -24,7 +24,8 @@ class LoadScand(MapTransform):
     """Load NIfTI files, or folders with one DICOM series each, as ``[1, X, Y, Z]`` (`MetaTensor`, float32, voxels as
     the file has them).
 
-    A 4D file is accepted if it holds one volume.
+    A 4D file is accepted if it holds one volume, and so is a `MetaTensor` in the place of a path, ``[X, Y, Z]`` or with
+    a channel before.
 
     Args:
         keys: paths.
@@ -40,8 +41,15 @@ class LoadScand(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            file = str(d[key])
-            d[key] = read_dicom(file) if Path(file).is_dir() else self._read(file)
+            if isinstance(d[key], MetaTensor):
+                file, image = d[key].meta.get("filename_or_obj", key), d[key]
+                image = MetaTensor(image if image.ndim > 3 else image[None], dtype=torch.float32)
+                image.meta.setdefault("original_affine", image.affine.numpy())
+                image.meta.setdefault("spatial_shape", np.array(image.shape[1:]))
+                d[key] = _check(image, file)
+            else:
+                file = str(d[key])
+                d[key] = read_dicom(file) if Path(file).is_dir() else self._read(file)
             if min(d[key].shape[1:]) < _FEWEST_VOXELS:
                 raise InputError(f"{file}: has {'x'.join(map(str, d[key].shape[1:]))} voxels; a scan has more slices")
         return d
@@ -51,15 +59,18 @@ class LoadScand(MapTransform):
             image = self.load(file)
         except Exception as error:  # nibabel, zlib and NumPy each have their own for a broken file
             raise InputError(f"{file}: cannot be read as a NIfTI image; is the file complete?") from error
-        if image.ndim == 5 and image.shape[0] == 1:
-            image = image[..., 0]
-        if image.ndim != 4:
-            raise InputError(f"{file}: has {image.ndim - 1} dimensions; a scan has three")
-        if image.shape[0] != 1:
-            raise InputError(f"{file}: holds {image.shape[0]} volumes; split it and give one")
-        if not np.isfinite(np.asarray(image.affine)).all() or abs(np.linalg.det(np.asarray(image.affine))) < 1e-9:
-            raise InputError(f"{file}: its header has no usable orientation (affine); repair it")
-        return image
+        return _check(image[..., 0] if image.ndim == 5 and image.shape[0] == 1 else image, file)
+
+
+def _check(image: MetaTensor, file: str) -> MetaTensor:
+    """The image, if it is one volume with an affine."""
+    if image.ndim != 4:
+        raise InputError(f"{file}: has {image.ndim - 1} dimensions; a scan has three")
+    if image.shape[0] != 1:
+        raise InputError(f"{file}: holds {image.shape[0]} volumes; split it and give one")
+    if not np.isfinite(np.asarray(image.affine)).all() or abs(np.linalg.det(np.asarray(image.affine))) < 1e-9:
+        raise InputError(f"{file}: its header has no usable orientation (affine); repair it")
+    return image
 
 
 class IgnoreLabelsd(MapTransform):

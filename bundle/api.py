@@ -1,0 +1,79 @@
+"""The bundle from Python, without files: an array and its affine in, heatmap, lesion mask and figures out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+
+from bundle.errors import find_input_error
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+class Findings(NamedTuple):
+    """What was found in a scan.
+
+    Attributes:
+        heatmap: float32 ``[X, Y, Z]`` on the scan's voxels, healthy spreads above usual.
+        lesion: uint8 ``[X, Y, Z]``, 1 is lesion.
+        summary: as `bundle.reports.viewer.describe_findings` makes it, with ``threshold``.
+    """
+
+    heatmap: np.ndarray
+    lesion: np.ndarray
+    summary: dict[str, Any]
+
+
+class LesionFinder:
+    """The inference of ``configs/inference.json``, for arrays.
+
+    Args:
+        contrast: "t1", "t2" or "flair".
+        root: of the bundle; the folder that holds this package unless given.
+        overrides: keys of the config and their values, such as ``device="cpu"`` or ``score="location"``.
+
+    Raises:
+        InputError: a model or calibration that is missing or does not fit.
+
+    Example::
+
+        from bundle.api import LesionFinder
+        find = LesionFinder(contrast="flair")
+        found = find(array, affine)  # a whole head or a stripped one, [X, Y, Z], affine to RAS mm
+        found.heatmap, found.lesion, found.summary["lesion_volume_ml"]
+    """
+
+    def __init__(self, contrast: str = "t1", root: str | Path = _ROOT, **overrides: Any) -> None:
+        config = ConfigParser()
+        config.read_config(str(Path(root) / "configs/inference.json"))
+        config.update({"bundle_root": str(root), "contrast": contrast, **overrides})
+        parts = ("device", "preprocessing", "network", "inferer", "postprocessing", "calibration")
+        parsed = [config.get_parsed_content(name) for name in parts]
+        self.device, self.preprocessing, self.network, self.inferer, self.postprocessing, calibration = parsed
+        calibration.load()
+        self.network.eval()
+
+    def __call__(self, image: np.ndarray | torch.Tensor, affine: np.ndarray) -> Findings:
+        """Find lesions in one scan.
+
+        Args:
+            image: ``[X, Y, Z]``.
+            affine: voxels to RAS mm, ``[4, 4]``.
+
+        Raises:
+            InputError: a scan that cannot be used, such as one without a brain.
+        """
+        try:
+            scan = MetaTensor(torch.as_tensor(image), affine=torch.as_tensor(affine, dtype=torch.float64))
+            data = self.preprocessing({"image": scan})
+            data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0]
+            data = self.postprocessing(data)
+        except Exception as error:
+            raise find_input_error(error) or error from error
+        heatmap, lesion = data["heatmap"][0].numpy(), data["lesion"][0].numpy()
+        return Findings(heatmap.astype(np.float32), lesion.astype(np.uint8), data["result"])

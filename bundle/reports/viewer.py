@@ -1,0 +1,123 @@
+"""What a viewer shows of a scan: a label map, and a few figures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from skimage.measure import label as connected
+from skimage.measure import regionprops
+
+from bundle.errors import InputError
+from bundle.scoring import FindLesionsd
+from bundle.transforms.brain import mask_volume_ml
+
+LABELS = {"background": 0, "mild": 1, "moderate": 2, "strong": 3, "lesion": 4}
+LABEL_MAPS = ("graded", "lesion", "heatmap")
+
+
+def chosen(options: Any) -> Any:
+    """What a user chose from the options that MONAI Label displays: the first of a list, if nothing was chosen."""
+    return options[0] if isinstance(options, list) else options
+
+
+def chosen_threshold(text: str | float | None) -> float | None:
+    """The threshold that a user typed in, or None for that of the calibration ("calibrated", or nothing).
+
+    Raises:
+        InputError: not a number.
+    """
+    if text is None or str(text).strip() in ("", "calibrated"):
+        return None
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"threshold '{text}': give a number, or 'calibrated'") from error
+
+
+def describe_findings(heatmap: MetaTensor, lesion: MetaTensor, brain_mask: torch.Tensor) -> dict[str, Any]:
+    """A scan in figures, all plain numbers: ``max_score`` and ``mean_score`` of its brain, ``lesion_volume_ml``, and
+    ``lesions`` (26 neighbours), the strongest first, with ``volume_ml``, ``max_score`` and ``center_mm`` (RAS).
+
+    Args:
+        heatmap, lesion, brain_mask: ``[1, X, Y, Z]`` on one grid.
+    """
+    scores, found = heatmap[0].numpy(), lesion[0].numpy() > 0
+    inside = scores[np.asarray(brain_mask[0]) > 0]
+    affine = np.asarray(heatmap.affine)
+    ml = mask_volume_ml(np.ones(1), heatmap)
+    lesions = [
+        {
+            "volume_ml": float(region.area * ml),
+            "max_score": float(region.intensity_max),
+            "center_mm": [round(float(v), 1) for v in (affine @ [*region.centroid, 1.0])[:3]],
+        }
+        for region in regionprops(connected(found, connectivity=3), intensity_image=scores)
+    ]
+    return {
+        "max_score": float(inside.max()),
+        "mean_score": float(inside.mean()),
+        "lesion_volume_ml": float(found.sum() * ml),
+        "lesions": sorted(lesions, key=lambda found: -found["max_score"]),
+    }
+
+
+class LabelMapd(MapTransform):
+    """Add what MONAI Label sends to a viewer, under the names it looks for: ``pred``, a label map on the scan's grid,
+    and ``result``, figures (see `describe_findings`, and the ``threshold``).
+
+    Args:
+        keys: the heatmap ``[1, X, Y, Z]`` on the scan's own grid (one key).
+        find_lesions: what made the lesion mask; tells the thresholds.
+        label_map: "graded" (1 mild, 2 moderate, 3 strong, which is the lesion mask), "lesion" (4) or "heatmap" (the
+            scores themselves, float).
+        grades: shares of healthy voxels below which a voxel is not yet mild, or moderate. Regions that are too small
+            for a lesion are too small for these as well.
+        lesion_key, mask_key: lesion and brain mask on the same grid.
+
+    Raises:
+        InputError: an unknown ``label_map``; grades that the calibration does not hold.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        find_lesions: FindLesionsd,
+        label_map: str = "graded",
+        grades: Sequence[float] = (0.995, 0.998),
+        lesion_key: str = "lesion",
+        mask_key: str = "brain_mask",
+    ) -> None:
+        super().__init__(keys)
+        if label_map not in LABEL_MAPS:
+            raise InputError(f"label_map '{label_map}' is unknown: use one of {', '.join(LABEL_MAPS)}")
+        self.find_lesions, self.label_map, self.grades = find_lesions, label_map, grades
+        self.lesion_key, self.mask_key = lesion_key, mask_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        heatmap, lesion = d[self.keys[0]].cpu(), d[self.lesion_key].cpu()
+        result = describe_findings(heatmap, lesion, d[self.mask_key].cpu())
+        d["result"] = {**result, "score": self.find_lesions.score, "threshold": self.find_lesions.threshold()}
+        if self.label_map == "heatmap":
+            d["pred"] = heatmap.clone()
+            return d
+        marked = torch.zeros(heatmap.shape, dtype=torch.uint8)
+        if self.label_map == "graded":
+            for value, threshold in zip((LABELS["mild"], LABELS["moderate"]), self._grades()):
+                marked[self.find_lesions.cut(heatmap, threshold).as_tensor() > 0] = value
+        marked[lesion.as_tensor() > 0] = LABELS["strong" if self.label_map == "graded" else "lesion"]
+        d["pred"] = MetaTensor(marked).copy_meta_from(heatmap)
+        return d
+
+    def _grades(self) -> list[float]:
+        """Thresholds of the grades; none where the calibration holds none of this score, and one was given."""
+        calibration, score = self.find_lesions.calibration.load(), self.find_lesions.score
+        if self.find_lesions.fixed_threshold is not None and score not in calibration.quantiles:
+            return []
+        return [calibration.threshold(score, grade) for grade in self.grades]
