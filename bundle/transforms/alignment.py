@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,17 @@ def _optimise(
     return method.GetMetricValue()
 
 
+@contextmanager
+def _one_itk_thread() -> Iterator[None]:
+    """Several threads add up in an order of their own, and a scan would come out a little different each time."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+
+
 def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, seed: int = 0) -> np.ndarray:
     """Affine registration, brain to brain, by Mattes mutual information, which any contrast shares with the template.
 
@@ -94,26 +107,29 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
     # brain and a rim around it: the outline of the brain is the strongest guide an affine transform has
     rim = [max(1, round(9.0 / s)) for s in fixed.GetSpacing()]
     fixed_mask = sitk.BinaryDilate(fixed_mask, rim)
-    fitted: list[tuple[float, sitk.Similarity3DTransform]] = []
-    problem: InputError | None = None
-    for rotation in _STARTS:
+
+    def fit(rotation: np.ndarray) -> tuple[float, sitk.Similarity3DTransform] | InputError:
         turned = sitk.Euler3DTransform(center.tolist(), *rotation.tolist(), shift.tolist())
         start = sitk.Similarity3DTransform()
         start.SetCenter(center.tolist())
         start.SetMatrix(turned.GetMatrix())
         start.SetTranslation(shift.tolist())
         try:
-            fitted.append((_optimise(fixed, fixed_mask, coarse, start, [8.0], [1.0], 40, seed), start))
+            return _optimise(fixed, fixed_mask, coarse, start, [8.0], [1.0], 40, seed), start
         except InputError as error:  # one start may fall off the brain; all of them may not
-            problem = error
-    if problem and not fitted:
-        raise problem
-    best = min(fitted, key=lambda f: f[0])[1]
-    found = sitk.AffineTransform(3)
-    found.SetCenter(best.GetCenter())
-    found.SetMatrix(best.GetMatrix())
-    found.SetTranslation(best.GetTranslation())
-    _optimise(fixed, fixed_mask, fine, found, [8.0, 4.0, 2.0], [0.5, 0.3, 0.2], 150, seed)
+            return error
+
+    with _one_itk_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        tried = list(pool.map(fit, _STARTS))
+        fitted = [t for t in tried if not isinstance(t, InputError)]
+        if not fitted:
+            raise next(t for t in tried if isinstance(t, InputError))
+        best = min(fitted, key=lambda f: f[0])[1]
+        found = sitk.AffineTransform(3)
+        found.SetCenter(best.GetCenter())
+        found.SetMatrix(best.GetMatrix())
+        found.SetTranslation(best.GetTranslation())
+        _optimise(fixed, fixed_mask, fine, found, [8.0, 4.0, 2.0], [0.5, 0.3, 0.2], 150, seed)
     atlas_to_scan = np.eye(4)
     matrix, c = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
     atlas_to_scan[:3, :3], atlas_to_scan[:3, 3] = matrix, np.array(found.GetTranslation()) + c - matrix @ c

@@ -18,6 +18,7 @@ from bundle.data.atlas import from_sitk, to_sitk
 from bundle.data.files import read_json, write_json
 from bundle.errors import InputError
 
+_LEAST_SIGNAL = 0.1  # of the brain's mean
 _CONTROL_POINT_MM = 60.0
 
 PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
@@ -187,8 +188,11 @@ class CorrectBiasFieldd(MapTransform):
             mask = to_sitk(d[self.mask_key], np.uint8)
             shrink = [max(1, int(self.shrunken_mm / s + 0.5)) for s in image.GetSpacing()]
             small, small_mask = sitk.Shrink(image, shrink), sitk.Shrink(mask, shrink)
-            # voxels without signal carry no information on the field
-            small_mask = sitk.And(small_mask, sitk.Cast(small > 0, sitk.sitkUInt8))
+            # voxels without signal carry no information on the field, and a single one near 0, such as interpolation
+            # leaves at the rim, would stretch the histogram of logarithms, and with it change the whole field
+            brain = values[d[self.mask_key].as_tensor() > 0]
+            least = _LEAST_SIGNAL * float(brain.float().mean()) if brain.numel() else 0.0
+            small_mask = sitk.And(small_mask, sitk.Cast(small > least, sitk.sitkUInt8))
             correct = sitk.N4BiasFieldCorrectionImageFilter()
             correct.SetMaximumNumberOfIterations(self.iterations)
             extent = np.multiply(small.GetSize(), small.GetSpacing())
