@@ -82,7 +82,30 @@ def serve(app: Path, studies: Path, log: Path) -> tuple[subprocess.Popen, str]:
     raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
 
 
-def compare(client: MONAILabelClient, bundle: Path, scans: dict[str, Path], contrast: str, folder: Path) -> None:
+def draw(path: Path, source: Path, graded: np.ndarray) -> None:
+    """Axial slices through the three largest amounts of "strong", with the grades in colour."""
+    from matplotlib.figure import Figure
+
+    image = nib.load(source)
+    to_ras = nib.io_orientation(image.affine)
+    scan, marked = (nib.orientations.apply_orientation(v, to_ras) for v in (image.get_fdata(), graded))
+    voxel = np.abs(nib.as_closest_canonical(image).affine[:3, :3]).max(0)
+    slices = np.sort(np.argsort((marked == 3).sum((0, 1)))[-3:])
+    figure = Figure(figsize=(12, 4.6), facecolor="black", layout="constrained")
+    for ax, k in zip(figure.subplots(1, 3), slices):
+        ax.imshow(
+            scan[..., k].T, cmap="gray", origin="lower", vmax=np.percentile(scan, 99.5), aspect=voxel[1] / voxel[0]
+        )
+        for value, colour in ((1, "#ffd60a"), (2, "#ff9500"), (3, "#ff3b30")):
+            if (marked[..., k] >= value).any():
+                ax.contour((marked[..., k] >= value).T, levels=[0.5], colors=[colour], linewidths=1.2)
+        ax.set_axis_off()
+    figure.savefig(path, dpi=70)
+
+
+def compare(
+    client: MONAILabelClient, bundle: Path, scans: dict[str, Path], contrast: str, folder: Path, picture: Path | None
+) -> None:
     """All checks, with the server running."""
     model = client.info()["models"][NAME]
     check("labels", model["labels"] == {"mild": 1, "moderate": 2, "strong": 3, "lesion": 4}, model["labels"])
@@ -119,6 +142,9 @@ def compare(client: MONAILabelClient, bundle: Path, scans: dict[str, Path], cont
     ordered = set(np.unique(graded)) <= {0, 1, 2, 3} and mild.size and mild.mean() < heatmap[graded == 2].mean()
     check("grades rise with the heatmap", ordered, f"threshold {result['threshold']:.2f}, strong from {strong:.2f}")
 
+    if picture:
+        draw(picture, scans["scan"], graded)
+
     back = reorder(scans["scan"], scans["turned"])
     _, turned, _ = ask("turned", "lesion")
     turned = nib.orientations.apply_orientation(turned, back)
@@ -141,6 +167,7 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, required=True, help="as scripts/package_bundle.py writes it")
     parser.add_argument("--scan", type=Path, help="raw head, NIfTI; default: made from the MNI152 head")
     parser.add_argument("--contrast", default="t1")
+    parser.add_argument("--picture", type=Path, help="PNG of the scan with the grades")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -161,7 +188,7 @@ def main() -> None:
         log = folder / "server.log"
         server, url = serve(app, studies, log)
         try:
-            compare(MONAILabelClient(url), app / "model" / NAME, scans, args.contrast, folder)
+            compare(MONAILabelClient(url), app / "model" / NAME, scans, args.contrast, folder, args.picture)
         except Exception:
             print(log.read_text()[-5000:])
             raise
