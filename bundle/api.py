@@ -69,7 +69,8 @@ class LesionFinder:
             InputError: a scan that cannot be used, such as one without a brain.
         """
         try:
-            scan = MetaTensor(torch.as_tensor(image), affine=torch.as_tensor(affine, dtype=torch.float64))
+            values = np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image
+            scan = MetaTensor(torch.as_tensor(values), affine=torch.as_tensor(affine, dtype=torch.float64))
             data = self.preprocessing({"image": scan})
             data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0]
             data = self.postprocessing(data)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from bundle.api import LesionFinder
+from bundle.errors import InputError
 from bundle.metrics import CASE_METRICS
 from tests.conftest import GRID, ROOT, run_bundle, write_dicom, write_nifti
 
@@ -126,7 +128,7 @@ def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
         inside = source.get_fdata() > 0
         scores, found = heatmap.get_fdata(dtype=np.float32), np.asarray(lesion.dataobj) > 0
         assert (scores[~inside] == scores.min()).all() and not found[~inside].any()
-        threshold = json.loads((models / "calibration_t1.json").read_text())["quantiles"]["fusion"]["0.9995"]
+        threshold = json.loads((models / "calibration_t1.json").read_text())["quantiles"]["fusion"]["0.9998"]
         np.testing.assert_array_equal(found, inside & (scores > threshold))
         assert float(row["max_score"]) == pytest.approx(scores[inside].max(), abs=1e-3)
         voxel_ml = abs(np.linalg.det(source.affine)) / 1000
@@ -157,6 +159,26 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     np.testing.assert_allclose(results["turned"].affine, affine, atol=1e-5)
     back = results["turned"].get_fdata().transpose(1, 2, 0)[::-1]
     np.testing.assert_allclose(back, results["plain"].get_fdata(), atol=0.02)
+
+    # what is done is not done again, unless the scan, a setting or --overwrite asks for it
+    written = {n: (out / n / f"{n}_heatmap.nii.gz").stat().st_mtime_ns for n in results}
+    write_nifti(folder / "broken.nii.gz", turned, affine)
+    again = succeed("inference", "inference", grid_file, *use)
+    assert "[1/1] broken" in again and "plain: done before" in again and "turned  " in again.split("summary.csv")[0]
+    assert {row["name"]: row["status"] for row in rows(out / "summary.csv")} == dict.fromkeys((*table, "broken"), "ok")
+    assert {n: (out / n / f"{n}_heatmap.nii.gz").stat().st_mtime_ns for n in results} == written
+    assert "[1/" not in succeed("inference", "inference", grid_file, *use)
+    assert "[3/3]" in succeed("inference", "inference", grid_file, *use, "--min_lesion_mm3", 99)
+
+    overrides = {**GRID, "min_lesion_mm3": 99.0, "ckpt_dir": str(models), "bias_field": "none", "alignment": "none"}
+    found = LesionFinder("t1", device="cpu", **overrides)(turned, affine)
+    files = (nib.load(out / "turned" / f"turned_{k}.nii.gz") for k in ("heatmap", "lesion"))
+    for array, file in zip(found, files):
+        assert array.dtype == file.get_data_dtype()
+        np.testing.assert_allclose(array, file.get_fdata(), atol=1e-4)
+    assert found.summary["max_score"] == pytest.approx(found.heatmap.max(), abs=1e-6)
+    with pytest.raises(InputError, match="has 2 dimensions"):
+        LesionFinder("t1", device="cpu", **overrides)(turned[0], affine)
 
 
 def test_a_dicom_series_gives_what_its_nifti_gives(models, cohort, grid_file, tmp_path):

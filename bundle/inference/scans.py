@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from ignite.engine import Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
@@ -34,8 +35,16 @@ class ScanEvaluator(SupervisedEvaluator):
     """MONAI's evaluator, one scan at a time, that goes on when a scan fails.
 
     After each iteration ``state.output`` is a list of one dictionary: the scan's results, or ``name`` and ``failure``
-    (one line). Failures of the dataset must come as from `ScanDataset`.
+    (one line). Failures of the dataset must come as from `ScanDataset`. With no scan at all, only the handlers of start
+    and end are called.
     """
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        if len(self.data_loader):  # type: ignore[arg-type]
+            super().run(*args, **kwargs)
+            return
+        self.fire_event(Events.STARTED)
+        self.fire_event(Events.COMPLETED)
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]) -> dict:
         name = batchdata["name"][0]

@@ -1,6 +1,6 @@
 from .alignment import draw_alignment, draw_contact_sheet
 from .figure import draw_report
-from .findings import SaveFindings
+from .findings import SaveFindings, finished_scans
 from .metrics import SaveMetrics
 from .viewer import LabelMapd, chosen, chosen_threshold
 
@@ -13,4 +13,5 @@ __all__ = [
     "draw_alignment",
     "draw_contact_sheet",
     "draw_report",
+    "finished_scans",
 ]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
 
-from bundle.data.files import nifti_header, share, write_text, write_volume
+import bundle
+from bundle.data.files import nifti_header, read_json, share, write_json, write_text, write_volume
 from bundle.errors import InputError
 from bundle.parallel import gather, is_main
-from bundle.scoring import FindLesionsd
+from bundle.scoring import CalibrationFile, FindLesionsd
 
 from .figure import HEAT_RANGE, draw_report
 
@@ -32,8 +35,44 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str
     write_text(path, text.getvalue())
 
 
+def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict[str, Any]:
+    """What makes the results of a scan: settings, models and version, as they are kept in ``run.json``."""
+    known = calibration.load()
+    hashes = {k: known.provenance.get(k) for k in ("model_sha256", "reconstruction_sha256")}
+    facts = {**settings, **hashes, "fusion": str(known.fusion), "bundle": bundle.__version__}
+    return json.loads(json.dumps(facts))
+
+
+def finished_scans(
+    scans: Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    settings: Mapping[str, Any],
+    calibration: CalibrationFile,
+    overwrite: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Rows of ``summary.csv`` by name, of the scans whose results a run with the same settings has left in
+    ``output_dir``, and which have not changed since. Nothing with ``overwrite``.
+    """
+    folder = Path(output_dir)
+    if overwrite or not scans or not (folder / "run.json").is_file() or not (folder / "summary.csv").is_file():
+        return {}
+    if read_json(folder / "run.json", "record of a run; remove it") != run_facts(settings, calibration):
+        return {}
+    with (folder / "summary.csv").open(newline="") as table:
+        rows = {row["name"]: row for row in csv.DictReader(table) if row.get("status") == "ok"}
+    finished = {}
+    for scan in scans:
+        name = scan["name"]
+        result = folder / name / f"{name}_heatmap.nii.gz"
+        files = [Path(scan[k]) for k in ("image", "brain_mask") if isinstance(scan.get(k), str)]
+        if name in rows and result.is_file() and all(f.stat().st_mtime <= result.stat().st_mtime for f in files):
+            finished[name] = rows[name]
+    return finished
+
+
 class SaveFindings:
-    """Handler: write every scan's results, and ``summary.csv`` with one row each.
+    """Handler: write every scan's results, and ``summary.csv`` with one row each, finished ones of an earlier run
+    included.
 
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
     (float32), ``NAME_lesion.nii.gz`` (uint8), both on the input's grid, and ``NAME_report.png``. When all scans are
@@ -47,12 +86,22 @@ class SaveFindings:
         output_dir: OUT.
         find_lesions: the transform that cuts the heatmap; tells the pictures' scale.
         total: number of scans, for the progress line.
+        settings: that the results depend on; kept in ``run.json``, see `run_facts`.
+        finished: rows of `finished_scans`.
     """
 
-    def __init__(self, output_dir: str, find_lesions: FindLesionsd, total: int) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        find_lesions: FindLesionsd,
+        total: int,
+        settings: Mapping[str, Any] | None = None,
+        finished: Mapping[str, dict[str, Any]] | None = None,
+    ) -> None:
         self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
+        self.settings, self.finished = settings or {}, finished or {}
         self.rows: list[dict[str, Any]] = []
-        self.started = time.monotonic()
+        self.begun = self.started = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -61,11 +110,14 @@ class SaveFindings:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Engine) -> None:
-        self.rows = []
+        self.rows, self.begun = [], time.monotonic()
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
         self.find_lesions.threshold()
         if is_main():
-            write_table(self.output_dir / "summary.csv", [], COLUMNS)
+            write_table(self.output_dir / "summary.csv", list(self.finished.values()), COLUMNS)
+            write_json(self.output_dir / "run.json", run_facts(self.settings, self.find_lesions.calibration))
+            for name in self.finished:
+                print(f"{name}: done before, with the same settings")
 
     def start_clock(self, engine: Engine) -> None:
         self.started = time.monotonic()
@@ -80,9 +132,12 @@ class SaveFindings:
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
             if is_main():
-                write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
+                write_table(self.output_dir / "summary.csv", [*self.finished.values(), *self.rows], COLUMNS)
             told = row["status"] if failure else f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml"
-            print(f"[{len(self.rows)}/{self.total}] {name}: {told}, {row['seconds']} s", flush=True)
+            done = len(self.rows)
+            left = (time.monotonic() - self.begun) / done * (self.total - done)
+            until = f", {left / 60:.0f} min left" if left > 90 else ""
+            print(f"[{done}/{self.total}] {name}: {told}, {row['seconds']} s{until}", flush=True)
 
     def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         heatmap, lesion = output["heatmap"], output["lesion"]
@@ -126,11 +181,14 @@ class SaveFindings:
         return HEAT_RANGE, f"{score}: healthy spreads above usual"
 
     def finish(self, engine: Engine) -> None:
-        self.rows = gather(self.rows)
+        self.rows = [*self.finished.values(), *gather(self.rows)]
         failed = [r for r in self.rows if r["status"] != "ok"]
         if not is_main():  # one process tells it all
             return
         write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
+        widths = [max(len(str(r.get(c, ""))) for r in (*self.rows, dict(zip(COLUMNS, COLUMNS)))) for c in COLUMNS]
+        for row in (dict(zip(COLUMNS, COLUMNS)), *self.rows):
+            print("  ".join(str(row.get(c, "")).ljust(w) for c, w in zip(COLUMNS, widths)).rstrip())
         print(f"{self.output_dir / 'summary.csv'}: {len(self.rows) - len(failed)} of {len(self.rows)} scans done")
         if failed:
             lines = [f"{r['name']}: {r['status']}" for r in failed]
