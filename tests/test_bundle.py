@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow, verify_net_in_out
+from monai.bundle import ConfigWorkflow, ckpt_export, onnx_export, verify_net_in_out
 
 from bundle.networks import PatchLocator, ResNetPatchLocator
 from tests.conftest import ROOT
@@ -112,14 +112,26 @@ def test_both_grids_train_the_network_that_they_infer_with():
         assert states[0] == states[1]
 
 
-def test_onnx_equals_torch(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    network = PatchLocator(patch_size=8, channels=4, features=8).eval()
-    image = torch.rand(1, 2, 14, 11)
-    torch.onnx.export(network, (image,), tmp_path / "n.onnx", input_names=["image"], dynamo=False)
-    reference = pytest.importorskip("onnx.reference").ReferenceEvaluator(onnx.load(tmp_path / "n.onnx"))
-    (out,) = reference.run(None, {"image": image.numpy()})
-    torch.testing.assert_close(torch.from_numpy(out), network(image).detach(), atol=1e-4, rtol=1e-4)
+def test_other_runtimes_equal_torch(tmp_path):
+    """TorchScript as `ckpt_export` makes it, and ONNX with any height and width, from the shipped weights."""
+    runtime = pytest.importorskip("onnxruntime")
+    files = {"meta_file": str(ROOT / "configs/metadata.json"), "config_file": str(ROOT / "configs/inference.json")}
+    weights = str(ROOT / "models/model.pt")
+    network = PatchLocator(patch_size=8).eval()
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    ckpt_export("network_def", str(tmp_path / "model.ts"), weights, **files)
+    scripted = torch.jit.load(tmp_path / "model.ts", map_location="cpu")
+    axes = {"image": [0, 2, 3], "pred": [0, 2, 3]}
+    options = {"input_names": ["image"], "output_names": ["pred"], "dynamic_axes": axes, "dynamo": False}
+    onnx = str(tmp_path / "model.onnx")
+    onnx_export("network_def", onnx, weights, use_trace=True, converter_kwargs=options, **files)
+    session = runtime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    for shape in ((1, 2, 8, 8), (3, 2, 31, 20)):
+        image = torch.rand(shape)
+        expected = network(image).detach()
+        torch.testing.assert_close(scripted(image), expected, atol=1e-5, rtol=1e-5)
+        (out,) = session.run(None, {"image": image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import subprocess
 import sys
@@ -103,6 +104,21 @@ def test_a_contrast_that_nobody_scanned_is_made_from_anatomy(anatomies, grid_fil
     assert "localisation_error_mm" in succeed("training", "train+synthesis", grid_file, *use, *fly)
     wrong = run_bundle("synthesis", "synthesis", grid_file, "--contrast", "pd", "--dataset_dir", anatomies)
     assert wrong.returncode == 2 and "contrast 'pd' is unknown" in wrong.stderr.splitlines()[-1]
+
+
+def test_trainings_are_tracked(cohort, grid_file, tmp_path):
+    """TensorBoard by an overlay, with heatmaps of validation slices; MLflow by MONAI's own option."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    use = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path / "models", "--max_epochs", 2, "--val_interval", 1)
+    succeed("training", "train+tensorboard", grid_file, *use)
+    tracked = events.EventAccumulator(str(tmp_path / "models/tensorboard"))
+    tracked.Reload()
+    assert [e.step for e in tracked.Scalars("localisation_error_mm")] == [1, 2]
+    assert len(tracked.Scalars("train_loss")) >= 2
+    assert [e.step for e in tracked.Images("output_HW_0")] == [1, 2]
+    if importlib.util.find_spec("mlflow"):
+        succeed("training", "train", grid_file, *use, "--tracking", "mlflow", "--output_dir", tmp_path)
+        assert (tmp_path / "mlruns.db").stat().st_size > 0
 
 
 def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):

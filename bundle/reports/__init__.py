@@ -2,6 +2,7 @@ from .alignment import draw_alignment, draw_contact_sheet
 from .figure import draw_report
 from .findings import SaveFindings, finished_scans
 from .metrics import SaveMetrics
+from .tracking import slice_heatmaps, slice_images
 from .viewer import LabelMapd, chosen, chosen_threshold
 
 __all__ = [
@@ -14,4 +15,6 @@ __all__ = [
     "draw_contact_sheet",
     "draw_report",
     "finished_scans",
+    "slice_heatmaps",
+    "slice_images",
 ]
