@@ -16,6 +16,7 @@ import torch
 from bundle.api import LesionFinder
 from bundle.errors import InputError
 from bundle.metrics import CASE_METRICS
+from bundle.networks import PatchLocator
 from tests.conftest import GRID, ROOT, run_bundle, write_dicom, write_nifti
 
 
@@ -195,6 +196,27 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     assert found.summary["max_score"] == pytest.approx(found.heatmap.max(), abs=1e-6)
     with pytest.raises(InputError, match="has 2 dimensions"):
         LesionFinder("t1", device="cpu", **overrides)(turned[0], affine)
+
+
+def test_the_tensorrt_overlay_with_an_engine_of_torchscript(models, cohort, grid_file, tmp_path):
+    """All of the overlay but TensorRT itself, which needs a GPU: a compiled network, whose weights are its own."""
+    network = PatchLocator(patch_size=GRID["patch_size"])
+    network.load_state_dict(torch.load(models / "model.pt", weights_only=True))
+    engine = torch.jit.script(network.eval())
+    engine.save(tmp_path / "engine.ts")
+    use = ("--dataset_dir", cohort, "--ckpt_dir", models)
+    compiled = (
+        "--imports",
+        "['$import sys', '$import torch']",
+        "--network_def",
+        f"$torch.jit.load('{tmp_path}/engine.ts')",
+    )
+    succeed("inference", "inference+inference_trt", grid_file, *use, *compiled, "--output_dir", tmp_path / "engine")
+    succeed("inference", "inference", grid_file, *use, "--output_dir", tmp_path / "torch")
+    for row in rows(tmp_path / "torch/summary.csv"):
+        file = f"{row['name']}/{row['name']}_heatmap.nii.gz"
+        one, other = (nib.load(tmp_path / run / file).get_fdata() for run in ("torch", "engine"))
+        np.testing.assert_allclose(other, one, atol=1e-3)
 
 
 def test_a_dicom_series_gives_what_its_nifti_gives(models, cohort, grid_file, tmp_path):

@@ -64,6 +64,8 @@ class PatchLocationInferer(Inferer):
         precision: "float32", or "bfloat16" for autocast.
         output: "anomaly" gives log squared error and log variance ``[B, 2, H, W, D]``, voxels outside the brain set to
             the lowest score inside; "location" gives the network's four channels as they are, 0 outside the brain.
+        whole_slices: run slices as they are, one by one, all of one size: for engines that are compiled for a shape.
+            Otherwise only the bounding boxes that hold brain are run.
         model_file: weights (a flat state dict) that are put into the network before its first volume. MONAI's runner
             does that by itself; MONAI Label hands over the weights of ``model.pt``, whatever the contrast.
 
@@ -80,13 +82,15 @@ class PatchLocationInferer(Inferer):
         max_positions: int = 2**15,
         precision: str = "float32",
         output: str = "anomaly",
+        whole_slices: bool = False,
         model_file: str | None = None,
     ) -> None:
         super().__init__()
         if precision not in ("float32", "bfloat16") or output not in ("anomaly", "location"):
             raise ValueError(f"unknown precision '{precision}' or output '{output}'")
         self.patch_size, self.stride, self.max_positions = patch_size, stride, max_positions
-        self.precision, self.output, self.model_file = precision, output, model_file
+        self.precision, self.output = precision, output
+        self.whole_slices, self.model_file = whole_slices, model_file
         self._loaded: Any = None
 
     @torch.no_grad()
@@ -143,6 +147,9 @@ class PatchLocationInferer(Inferer):
         budget = self.max_positions * self.stride**2
         rows_filled, cols_filled = inside.any(1).cpu(), inside.any(0).cpu()  # [H, D], [W, D]
         slices = torch.nonzero(rows_filled.any(0))[:, 0]
+        if self.whole_slices:
+            yield from ((k, (0, len(rows_filled)), (0, len(cols_filled))) for k in slices.to(inside.device).split(1))
+            return
         (r0, r1), (c0, c1) = extent(rows_filled.any(1)), extent(cols_filled.any(1))
         for chunk in slices.split(max(1, budget // ((r1 - r0) * (c1 - c0)))):
             (r0, r1), (c0, c1) = extent(rows_filled[:, chunk].any(1)), extent(cols_filled[:, chunk].any(1))

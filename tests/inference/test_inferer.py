@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
 
+from bundle.errors import InputError
 from bundle.inference import AutocastInferer, PatchLocationInferer
 from bundle.networks import PatchLocator
 from bundle.scoring import anomaly_channels
@@ -73,6 +74,36 @@ def test_strided_evaluation_is_exact_where_it_evaluates_and_bilinear_between(net
         a, b = out[:, i - 1, j, k], out[:, i - 1 + stride, j, k]
         if volume[i - 1, j, k] > 0 and volume[i - 1 + stride, j, k] > 0:
             torch.testing.assert_close(out[:, i, j, k], a + (b - a) / stride, atol=1e-4, rtol=1e-4)
+
+
+def test_whole_slices_of_one_size_give_the_same(network, volume):
+    shapes = set()
+
+    def watched(image):
+        shapes.add(tuple(image.shape))
+        return network(image)
+
+    one = PatchLocationInferer(P)(volume[None, None], network)
+    other = PatchLocationInferer(P, whole_slices=True)(volume[None, None], watched)
+    torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
+    h, w = volume.shape[:2]
+    assert shapes == {(1, 2, h + P - 1, w + P - 1)}
+
+
+def test_weights_are_loaded_once_and_those_of_another_network_refused(volume, tmp_path):
+    """MONAI Label hands over a network with the weights of another contrast."""
+    torch.manual_seed(1)
+    scan = volume[None, None]
+    own, given = (PatchLocator(P, channels=4, features=8).eval() for _ in range(2))
+    torch.save(own.state_dict(), tmp_path / "model.pt")
+    inferer = PatchLocationInferer(P, model_file=str(tmp_path / "model.pt"))
+    expected = PatchLocationInferer(P)(scan, own)
+    torch.testing.assert_close(inferer(scan, given), expected)
+    (tmp_path / "model.pt").unlink()
+    torch.testing.assert_close(inferer(scan, given), expected)
+    torch.save(PatchLocator(P, channels=4, features=16).state_dict(), tmp_path / "model.pt")
+    with pytest.raises(InputError, match=r"model.pt: no weights of the configured PatchLocator"):
+        inferer(scan, PatchLocator(P, channels=4, features=8))
 
 
 def test_outside_is_the_lowest_inside(network, volume):

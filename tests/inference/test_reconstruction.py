@@ -44,8 +44,8 @@ def test_without_weights_there_is_no_map_and_other_weights_are_refused(tmp_path,
     assert set(ReconstructionMapd("image", Halve(), tmp_path / "none.pt", "t1")(data)) == {"image"}
     for content in (b"", b"not a model"):
         weights.write_bytes(content)
-        with pytest.raises(InputError, match=r"reconstruction_t1.pt: no weights of this"):
+        with pytest.raises(InputError, match=r"reconstruction_t1.pt: no weights of the configured Halve"):
             ReconstructionMapd("image", Halve(), weights, "t1")(data)
     torch.save(nn.Linear(2, 2).state_dict(), weights)
-    with pytest.raises(InputError, match="no weights of this"):
+    with pytest.raises(InputError, match="no weights of the configured Halve"):
         ReconstructionMapd("image", Halve(), weights, "t1")(data)
