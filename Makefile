@@ -1,18 +1,21 @@
-# `make demo` and `make test` first; all make their own environment in .venv. Also:
-#   make infer SCAN=file_or_folder CONTRAST=flair OUT=folder    the shipped weights on your scan
-#   make package    the archive for the Model Zoo and MONAI Label, in build/
-#   make test-label
+# `make demo` and `make test` first; all make their own environment in .venv. Then:
+#   make infer SCAN=file_or_folder CONTRAST=flair OUT=folder         the shipped weights on your scans
+#   make train DATA=prepared CONTRAST=t1 MODELS=folder               both networks, and their calibration
+#   make evaluate DATA=prepared CONTRAST=t1 MODELS=folder OUT=folder
+#   make serve STUDIES=folder                                        MONAI Label on port 8000
+#   make package, make test-label                                    the archive, in build/; the same in MONAI Label
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 LABEL := .venv-label
-SCAN ?=
 CONTRAST ?= t1
+MODELS ?= models
 OUT ?= out
+RUN := $(BIN)/python -m monai.bundle run
 
-.PHONY: demo test lint format env clean infer package test-label
+.PHONY: demo test lint format env clean infer train evaluate package serve test-label label-app
 
 demo: env
 	$(BIN)/python scripts/demo.py --output_dir demo
@@ -21,14 +24,31 @@ test: $(VENV)/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 infer: env
-	$(BIN)/python -m monai.bundle run inference --config_file configs/inference.json --dataset_dir "$(SCAN)" --contrast $(CONTRAST) --output_dir "$(OUT)"
+	$(RUN) inference --config_file configs/inference.json --dataset_dir "$(SCAN)" --contrast $(CONTRAST) --output_dir "$(OUT)"
+
+train: env
+	$(RUN) training --config_file configs/train.json --dataset_dir "$(DATA)" --ckpt_dir "$(MODELS)" --contrast $(CONTRAST)
+	$(RUN) training --config_file configs/train_reconstruction.json --dataset_dir "$(DATA)" --ckpt_dir "$(MODELS)" --contrast $(CONTRAST)
+	$(RUN) calibration --config_file configs/calibrate.json --dataset_dir "$(DATA)" --ckpt_dir "$(MODELS)" --contrast $(CONTRAST)
+
+evaluate: env
+	$(RUN) evaluation --config_file configs/evaluate.json --dataset_dir "$(DATA)" --ckpt_dir "$(MODELS)" --contrast $(CONTRAST) --output_dir "$(OUT)"
 
 package: $(VENV)/tools
 	$(BIN)/python scripts/package_bundle.py --output_dir build
 
-# the packaged bundle in a real MONAI Label server, in an environment of its own: docs/monai_label.md
+# MONAI Label, in an environment of its own: docs/monai_label.md
+serve: label-app
+	$(LABEL)/bin/monailabel start_server --app build/apps/monaibundle --studies "$(STUDIES)" \
+	    --conf models patch2loc_brain_mri --conf zoo_source ngc --conf sam2 false
+
+label-app: package $(LABEL)/installed
+	rm -rf build/apps
+	$(LABEL)/bin/monailabel apps --download --name monaibundle --output build/apps > /dev/null
+	$(LABEL)/bin/python -m zipfile -e "$$(ls -t build/patch2loc_brain_mri_v*.zip | head -n 1)" build/apps/monaibundle/model
+
 test-label: package $(LABEL)/installed
-	$(LABEL)/bin/python tests/monai_label/check.py --archive $$(ls -t build/patch2loc_brain_mri_v*.zip | head -n 1)
+	$(LABEL)/bin/python tests/monai_label/check.py --archive "$$(ls -t build/patch2loc_brain_mri_v*.zip | head -n 1)"
 
 $(LABEL)/installed: tests/monai_label/requirements.txt
 	$(PYTHON) -m venv $(LABEL)
