@@ -72,6 +72,14 @@ def test_names_that_others_override_exist():
         assert "run" in json.loads((ROOT / f"configs/{name}.json").read_text())
 
 
+def test_no_link_of_the_documentation_is_dead():
+    for page in (ROOT / "README.md", ROOT / "models/README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+        for config in re.findall(r"configs/[\w/]+\.(?:json|yaml)", page.read_text()):
+            assert (ROOT / config).is_file(), f"{page.name}: {config}"
+
+
 def test_no_python_hides_in_the_configs():
     for file in (ROOT / "configs").glob("*.json"):
         for expression in re.findall(r'"(\$[^"]*)"', file.read_text()):
