@@ -75,6 +75,9 @@ class LesionFinder:
             data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0]
             data = self.postprocessing(data)
         except Exception as error:
-            raise find_input_error(error) or error from error
+            known = find_input_error(error)
+            if known is None or known is error:
+                raise
+            raise known from error
         heatmap, lesion = data["heatmap"][0].numpy(), data["lesion"][0].numpy()
         return Findings(heatmap.astype(np.float32), lesion.astype(np.uint8), data["result"])

@@ -9,7 +9,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 import torch.distributed as dist
-from monai.data import Dataset, DistributedSampler
+from monai.data import Dataset
 from torch import nn
 
 from bundle.errors import InputError
@@ -45,15 +45,9 @@ def distribute(network: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(network.to(device))
 
 
-def share_out(dataset: Dataset) -> DistributedSampler:
-    """Each process its part of ``dataset``, every item once.
-
-    Raises:
-        InputError: more processes than items.
-    """
-    if len(dataset) < dist.get_world_size():
-        raise InputError(f"{len(dataset)} scans for {dist.get_world_size()} processes; start fewer (--nproc_per_node)")
-    return DistributedSampler(dataset, even_divisible=False, shuffle=False)
+def share_out(dataset: Dataset) -> range:
+    """Indices of each process' part of ``dataset``, every item once; none for some if there are more processes."""
+    return range(dist.get_rank(), len(dataset), dist.get_world_size())
 
 
 def is_main() -> bool:

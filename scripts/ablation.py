@@ -8,7 +8,6 @@ section "validation".
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from bundle.data import load_datalist  # noqa: E402
 from bundle.data.files import atomic_path, write_json  # noqa: E402
+from bundle.errors import report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision, count_lesions, recall_at_false_positives  # noqa: E402
 from bundle.reports.figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR  # noqa: E402
 from bundle.scoring import SCORES, Calibration, Fusion, fit_calibration  # noqa: E402
@@ -55,7 +56,7 @@ class Bench:
         settings = dict(item.split("=", 1) for item in overrides)
         settings |= {"bundle_root": str(ROOT), "ckpt_dir": ckpt_dir, "contrast": contrast}
         for key, value in settings.items():
-            self.parser[key] = json.loads(value) if value[:1] in "0123456789[" else value
+            self.parser[key] = yaml.safe_load(value)
         self.preprocessing = self.parser.get_parsed_content("preprocessing")
         self.reconstruction = self.parser.get_parsed_content("reconstruction")
         self.inferer = self.parser.get_parsed_content("inferer")
@@ -203,6 +204,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="PNG of the maps of three scans of the last --test")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
+    if args.picture and not args.test:
+        parser.error("--picture needs a --test")
     bench = Bench(args.ckpt_dir, args.contrast, args.set)
     quantile = args.quantile or float(bench.parser.get_parsed_content("threshold_quantile"))
     fusions = {"": None, **{text: read_fusion(text) for text in args.fusion}}
@@ -249,4 +252,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    report_in_one_line()
     main()

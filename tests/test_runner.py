@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -200,18 +201,16 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
 
 def test_the_tensorrt_overlay_with_an_engine_of_torchscript(models, cohort, grid_file, tmp_path):
     """All of the overlay but TensorRT itself, which needs a GPU: a compiled network, whose weights are its own."""
+    folder = tmp_path / "models"
+    shutil.copytree(models, folder)
+    use = ("--dataset_dir", cohort, "--ckpt_dir", folder, "--output_dir", tmp_path / "engine")
+    missing = run_bundle("inference", "inference+inference_trt", grid_file, *use)
+    assert missing.returncode == 2 and "model_trt.ts: no compiled network" in missing.stderr.splitlines()[-1]
     network = PatchLocator(patch_size=GRID["patch_size"])
     network.load_state_dict(torch.load(models / "model.pt", weights_only=True))
-    engine = torch.jit.script(network.eval())
-    engine.save(tmp_path / "engine.ts")
+    torch.jit.script(network.eval()).save(folder / "model_trt.ts")
+    succeed("inference", "inference+inference_trt", grid_file, *use)
     use = ("--dataset_dir", cohort, "--ckpt_dir", models)
-    compiled = (
-        "--imports",
-        "['$import sys', '$import torch']",
-        "--network_def",
-        f"$torch.jit.load('{tmp_path}/engine.ts')",
-    )
-    succeed("inference", "inference+inference_trt", grid_file, *use, *compiled, "--output_dir", tmp_path / "engine")
     succeed("inference", "inference", grid_file, *use, "--output_dir", tmp_path / "torch")
     for row in rows(tmp_path / "torch/summary.csv"):
         file = f"{row['name']}/{row['name']}_heatmap.nii.gz"

@@ -79,10 +79,14 @@ def load_datalist(
             item["to_atlas"] = np.array(item["to_atlas"], float)
         if "ignored_labels" in item:
             item["ignored_labels"] = np.array(item["ignored_labels"])
-        if "source" in item:
-            item["source"] = {key: str(Path(dataset_dir) / file) for key, file in dict(item["source"]).items()}
+        if isinstance(item.get("source"), dict):  # others use the word for other things
+            item["source"] = {key: str(Path(dataset_dir) / file) for key, file in item["source"].items()}
+        else:
+            item.pop("source", None)
         given = item.get("fusion_maps", {})
-        item["fusion_maps"] = {name: str(Path(dataset_dir) / file) for name, file in dict(given).items()}
+        if not isinstance(given, dict):
+            raise InputError(f"{where}: 'fusion_maps' must give a path for each name of a map")
+        item["fusion_maps"] = {name: str(Path(dataset_dir) / file) for name, file in given.items()}
         items.append(item)
     if not items:
         there = {k: len(v) for k, v in content.items() if isinstance(v, list)}

@@ -117,6 +117,7 @@ def plant_masks(
             planted, label = plant_lesion(image, brain, soft, contrast, strength, rng)
             name = f"{scan['name']}_{lesion}"
             changed = {"image": planted, "brain_mask": brain, "label": label}
-            datalist[part].append(write_item(folder, name, contrast, changed, volumes["image"].affine))
+            item = write_item(folder, name, contrast, changed, volumes["image"].affine)
+            datalist[part].append({**item, "person": scan.get("person", scan["name"])})
     write_json(folder / "datalist.json", datalist)
     return folder / "datalist.json"

@@ -81,7 +81,8 @@ class ScoreCurve:
         true, false = self._cumulative()
         if not len(true) or not true[-1] or not false[-1]:
             return float("nan")
-        return float(np.trapezoid(np.r_[0, true / true[-1]], np.r_[0, false / false[-1]]))
+        heights, places = np.r_[0, true / true[-1]], np.r_[0, false / false[-1]]
+        return float((np.diff(places) * (heights[1:] + heights[:-1]) / 2).sum())
 
     def dice(self, thresholds: np.ndarray) -> np.ndarray:
         """Dice of calling voxels above each threshold lesion; NaN without lesions."""

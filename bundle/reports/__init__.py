@@ -3,14 +3,13 @@ from .figure import draw_report
 from .findings import SaveFindings, finished_scans
 from .metrics import SaveMetrics
 from .tracking import slice_heatmaps, slice_images
-from .viewer import LabelMapd, chosen, chosen_threshold
+from .viewer import LabelMapd, chosen
 
 __all__ = [
     "LabelMapd",
     "SaveFindings",
     "SaveMetrics",
     "chosen",
-    "chosen_threshold",
     "draw_alignment",
     "draw_contact_sheet",
     "draw_report",

@@ -18,6 +18,21 @@ FOUND_COLOUR, TRUE_COLOUR = "#ff3b30", "#34e36b"
 PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
 
 
+def heat_scale(score: str, rule: str | None, threshold: float) -> tuple[tuple[float, float], str]:
+    """Scores of the first and the last colour, and the name of the scale.
+
+    Args:
+        score: name of the score; all but some are healthy spreads above usual, for which there is one scale.
+        rule: of the fusion, if that is the score.
+        threshold: above which a voxel is lesion: where the colours of other scores begin.
+    """
+    if score == "fusion" and rule == "rank":
+        return (threshold, max(1.0, threshold + 1e-3)), "fusion: mean rank among the scan's voxels"
+    if score in ("uncalibrated", "intensity", "intensity_opposite"):
+        return (threshold, threshold + max(1.0, abs(threshold)) / 2), f"{score}, as it is"
+    return HEAT_RANGE, f"{score}: healthy spreads above usual"
+
+
 def strongest_finding(heatmap: np.ndarray, lesion: np.ndarray, inside: np.ndarray) -> tuple[int, int, int]:
     """Voxel with the highest score among those found, else in the brain; arrays ``[X, Y, Z]``."""
     where = lesion > 0 if (lesion > 0).any() else inside

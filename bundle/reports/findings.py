@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import shutil
@@ -21,7 +22,7 @@ from bundle.errors import InputError
 from bundle.parallel import gather, is_main
 from bundle.scoring import CalibrationFile, FindLesionsd
 
-from .figure import HEAT_RANGE, draw_report
+from .figure import draw_report, heat_scale
 
 COLUMNS = ("name", "lesion_volume_ml", "lesions", "max_score", "mean_score", "seconds", "status")
 
@@ -39,8 +40,15 @@ def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict
     """What makes the results of a scan: settings, models and version, as they are kept in ``run.json``."""
     known = calibration.load()
     hashes = {k: known.provenance.get(k) for k in ("model_sha256", "reconstruction_sha256")}
+    hashes["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
     facts = {**settings, **hashes, "fusion": str(known.fusion), "bundle": bundle.__version__}
     return json.loads(json.dumps(facts))
+
+
+def _scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:
+    """Path, size and time of each file of a scan: another file of the same name is another scan."""
+    files = {key: Path(value).resolve() for key, value in scan.items() if isinstance(value, str) and key != "name"}
+    return {k: [str(f), f.stat().st_size, f.stat().st_mtime_ns] for k, f in sorted(files.items()) if f.exists()}
 
 
 def finished_scans(
@@ -56,16 +64,16 @@ def finished_scans(
     folder = Path(output_dir)
     if overwrite or not scans or not (folder / "run.json").is_file() or not (folder / "summary.csv").is_file():
         return {}
-    if read_json(folder / "run.json", "record of a run; remove it") != run_facts(settings, calibration):
+    record = read_json(folder / "run.json", "record of a run; remove it")
+    if record.get("settings") != run_facts(settings, calibration):
         return {}
     with (folder / "summary.csv").open(newline="") as table:
         rows = {row["name"]: row for row in csv.DictReader(table) if row.get("status") == "ok"}
     finished = {}
     for scan in scans:
         name = scan["name"]
-        result = folder / name / f"{name}_heatmap.nii.gz"
-        files = [Path(scan[k]) for k in ("image", "brain_mask") if isinstance(scan.get(k), str)]
-        if name in rows and result.is_file() and all(f.stat().st_mtime <= result.stat().st_mtime for f in files):
+        there = (folder / name / f"{name}_heatmap.nii.gz").is_file()
+        if name in rows and there and record.get("scans", {}).get(name) == _scan_facts(scan):
             finished[name] = rows[name]
     return finished
 
@@ -87,6 +95,7 @@ class SaveFindings:
         find_lesions: the transform that cuts the heatmap; tells the pictures' scale.
         total: number of scans, for the progress line.
         settings: that the results depend on; kept in ``run.json``, see `run_facts`.
+        scans: all that the run is about, finished or not.
         finished: rows of `finished_scans`.
     """
 
@@ -96,10 +105,11 @@ class SaveFindings:
         find_lesions: FindLesionsd,
         total: int,
         settings: Mapping[str, Any] | None = None,
+        scans: Sequence[Mapping[str, Any]] = (),
         finished: Mapping[str, dict[str, Any]] | None = None,
     ) -> None:
         self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
-        self.settings, self.finished = settings or {}, finished or {}
+        self.settings, self.scans, self.finished = settings or {}, scans, finished or {}
         self.rows: list[dict[str, Any]] = []
         self.begun = self.started = time.monotonic()
 
@@ -115,7 +125,9 @@ class SaveFindings:
         self.find_lesions.threshold()
         if is_main():
             write_table(self.output_dir / "summary.csv", list(self.finished.values()), COLUMNS)
-            write_json(self.output_dir / "run.json", run_facts(self.settings, self.find_lesions.calibration))
+            facts = run_facts(self.settings, self.find_lesions.calibration)
+            scans = {scan["name"]: _scan_facts(scan) for scan in self.scans}
+            write_json(self.output_dir / "run.json", {"settings": facts, "scans": scans})
             for name in self.finished:
                 print(f"{name}: done before, with the same settings")
 
@@ -150,7 +162,8 @@ class SaveFindings:
             "mean_score": f"{figures['mean_score']:.3f}",
         }
         header = nifti_header(output["image"].meta["filename_or_obj"])
-        label = output.get("label")
+        label, fusion = output.get("label"), self.find_lesions.calibration.load().fusion
+        rule = None if fusion is None else fusion.rule
         self.output_dir.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))
         try:
@@ -165,20 +178,13 @@ class SaveFindings:
                 volumes["heatmap_atlas"],
                 volumes["lesion_atlas"],
                 None if label is None else np.asarray(label[0].cpu()),
-                *self._scale(),
+                *heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold()),
             )
             share(partial)
             _replace_folder(partial, self.output_dir / name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return row
-
-    def _scale(self) -> tuple[tuple[float, float], str]:
-        """Range and name of the pictures' colours: one for all calibrated scores, from the threshold up for others."""
-        score, threshold = self.find_lesions.score, self.find_lesions.threshold()
-        if score in ("uncalibrated", "intensity"):
-            return (threshold, threshold + max(1.0, abs(threshold)) / 2), f"{score}, as it is"
-        return HEAT_RANGE, f"{score}: healthy spreads above usual"
 
     def finish(self, engine: Engine) -> None:
         self.rows = [*self.finished.values(), *gather(self.rows)]

@@ -19,7 +19,7 @@ from bundle.data.files import write_text
 from bundle.metrics import Case, ScoreCurve
 from bundle.metrics.case import CASE_METRICS
 
-from .figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR
+from .figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR, heat_scale
 
 _SLICES = 3
 
@@ -101,19 +101,23 @@ def draw_dice(curves: Sequence[ScoreCurve], frozen: float, tuned: float | None, 
     return figure
 
 
-def draw_strip(strip: Strip) -> Figure:
-    """Scan, heatmap, and scan with outlines (found, true) of each slice of a case, side by side."""
+def draw_strip(strip: Strip, heat_range: tuple[float, float] = HEAT_RANGE) -> Figure:
+    """Scan, heatmap, and scan with outlines (found, true) of each slice of a case, side by side.
+
+    Args:
+        strip: of the case.
+        heat_range: scores of the first and last colour; below the first nothing is painted.
+    """
     figure = Figure(figsize=(3 * _SLICES, 9.6), facecolor="black", layout="constrained")
     axes = figure.subplots(3, _SLICES)
-    image = strip.image.astype(np.float32)
+    image, (low, high) = strip.image.astype(np.float32), heat_range
     white = max(1e-3, float(np.percentile(image[image > 0], 99.8))) if (image > 0).any() else 1.0
     for column in range(_SLICES):
         scan, score, found, truth = (v[..., column].T for v in (image, strip.heatmap, strip.found, strip.truth))
         for row in range(3):
             axes[row, column].imshow(scan, cmap="gray", origin="lower", vmin=0, vmax=white)
             axes[row, column].set_axis_off()
-        shown = np.ma.masked_where((scan <= 0) | (score < HEAT_RANGE[0]), score.astype(np.float32))
-        low, high = HEAT_RANGE
+        shown = np.ma.masked_where((scan <= 0) | (score < low), score.astype(np.float32))
         axes[1, column].imshow(shown, cmap="inferno", origin="lower", vmin=low, vmax=high, alpha=0.85)
         for mask, colour in ((truth, TRUE_COLOUR), (found, FOUND_COLOUR)):
             if mask.any() and not mask.all():
@@ -131,6 +135,8 @@ def write_report(path: str | Path, content: Mapping[str, Any], cases: Sequence[C
         strips: of the same cases.
     """
     score, methods = content["settings"]["score"], content["methods"]
+    rule = content["settings"]["fusion"].split(" of ")[0] if content["settings"].get("fusion") else None
+    heat_range = heat_scale(score, rule, content["threshold"]["value"])[0]
     curves = {name: ScoreCurve.pooled([c.methods[name].curve for c in cases]) for name in methods}
     with_lesions = [c.methods[score].curve for c in cases if c.methods[score].curve.positive.sum()]
     figures, chosen = [], []
@@ -142,7 +148,7 @@ def write_report(path: str | Path, content: Mapping[str, Any], cases: Sequence[C
         ranked = sorted(area, key=lambda name: -area[name])
         by_name = {s.name: s for s in strips}
         for title, name in {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}.items():
-            picture = _embedded(draw_strip(by_name[name]), 60)
+            picture = _embedded(draw_strip(by_name[name], heat_range), 60)
             chosen.append({"title": title, "name": name, "auprc": area[name], "picture": picture})
     environment = Environment(loader=PackageLoader("bundle.reports", "."), autoescape=True, trim_blocks=True)
     page = environment.get_template("report.html.j2")

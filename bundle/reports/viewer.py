@@ -26,20 +26,6 @@ def chosen(options: Any) -> Any:
     return options[0] if isinstance(options, list) else options
 
 
-def chosen_threshold(text: str | float | None) -> float | None:
-    """The threshold that a user typed in, or None for that of the calibration ("calibrated", or nothing).
-
-    Raises:
-        InputError: not a number.
-    """
-    if text is None or str(text).strip() in ("", "calibrated"):
-        return None
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InputError(f"threshold '{text}': give a number, or 'calibrated'") from error
-
-
 def describe_findings(heatmap: MetaTensor, lesion: MetaTensor, brain_mask: torch.Tensor) -> dict[str, Any]:
     """A scan in figures, all plain numbers: ``max_score`` and ``mean_score`` of its brain, ``lesion_volume_ml``, and
     ``lesions`` (26 neighbours), the strongest first, with ``volume_ml``, ``max_score`` and ``center_mm`` (RAS).

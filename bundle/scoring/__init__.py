@@ -15,7 +15,7 @@ from .calibration import (
     usual_quantile,
 )
 from .fusion import RULES, Fusion, usual_weights
-from .transforms import AnomalyHeatmapd, FindLesionsd, score_of
+from .transforms import AnomalyHeatmapd, FindLesionsd, chosen_threshold, score_of
 
 __all__ = [
     "INTENSITY_SCORES",
@@ -29,6 +29,7 @@ __all__ = [
     "FitCalibration",
     "Fusion",
     "anomaly_channels",
+    "chosen_threshold",
     "fill_outside",
     "fit_calibration",
     "load_calibration",

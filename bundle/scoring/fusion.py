@@ -13,6 +13,7 @@ from bundle.errors import InputError
 
 # chosen on planted lesions (docs/results.md): the maps that every scan has, and the one that needs a second network
 _WEIGHTS, _RECONSTRUCTION = {"location": 1.0, "atlas_z": 1.0}, {"reconstruction": 2.0}
+_RAW = ("uncalibrated", "intensity", "intensity_opposite")
 RULES = ("sum", "product", "maximum", "rank")
 
 
@@ -33,7 +34,8 @@ class Fusion:
         weights: name of a score (`bundle.scoring.SCORES`, "reconstruction" or a `fusion_maps` name) -> weight > 0.
 
     Raises:
-        InputError: an unknown rule, no maps, or a weight that is not above 0.
+        InputError: an unknown rule, no maps, a map that is no z-score for a rule that needs them, or a weight that is
+            not above 0.
     """
 
     rule: str = "sum"
@@ -44,6 +46,9 @@ class Fusion:
             raise InputError(f"fusion_rule '{self.rule}' is unknown: use one of {', '.join(RULES)}")
         if not self.weights or "fusion" in self.weights:
             raise InputError("fusion_weights must name the maps to be fused, each with its weight")
+        raw = [name for name in self.weights if name in _RAW and self.rule != "rank"]
+        if raw:
+            raise InputError(f"fusion_weights: '{raw[0]}' is no z-score; only fusion_rule 'rank' takes it")
         for name, weight in self.weights.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
                 raise InputError(f"fusion_weights: the weight of '{name}' must be a number above 0, not {weight!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,23 @@ from monai.transforms import MapTransform, RemoveSmallObjects
 from bundle.errors import InputError
 
 from .calibration import SCORES, Calibration, CalibrationFile
+
+
+def chosen_threshold(text: str | float | None) -> float | None:
+    """The threshold that a user gave, or None for that of the calibration ("calibrated", or nothing).
+
+    Raises:
+        InputError: not a number.
+    """
+    if text is None or str(text).strip() in ("", "calibrated"):
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"threshold '{text}': give a number, or 'calibrated'")
+    return value
 
 
 def check_score(score: str, extra_maps: Sequence[str] = ()) -> str:
@@ -77,7 +95,7 @@ class FindLesionsd(MapTransform):
         score: that the heatmap shows.
         calibration: of the model and contrast; holds the thresholds.
         quantile: of the healthy scores, above which a voxel is lesion.
-        threshold: score to use instead of the calibration's.
+        threshold: score to use instead of the calibration's; see `chosen_threshold`.
         min_lesion_mm3: connected components (26 neighbours) below this volume are removed, mm^3.
         output_key: where the mask (float 0 and 1) goes.
     """
@@ -94,7 +112,7 @@ class FindLesionsd(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.score, self.calibration, self.quantile = score, calibration, quantile
-        self.fixed_threshold, self.output_key = threshold, output_key
+        self.fixed_threshold, self.output_key = chosen_threshold(threshold), output_key
         self.remove_small = RemoveSmallObjects(int(min_lesion_mm3), connectivity=3, by_measure=True)
 
     def threshold(self) -> float:

@@ -64,7 +64,8 @@ def write_scans(
                 scan = appearance(dict(shares))
                 name = f"{item['subject']}_{contrast}_{repeat}"
                 volumes = {key: scan[key] for key in ("image", "brain_mask")}
-                datalist[section].append(write_item(folder, name, contrast, volumes, scan["image"].affine.cpu()))
+                made = write_item(folder, name, contrast, volumes, scan["image"].affine.cpu())
+                datalist[section].append({**made, "person": item.get("person", item["subject"])})
     if not datalist:
         raise InputError(f"{dataset_dir}: none of {', '.join(sections)} in its datalist.json")
     write_json(folder / "datalist.json", datalist)

@@ -79,9 +79,9 @@ class ResampleToGridd(MapTransform, InvertibleTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        inside, share = None, None
+        inside, share, affine = None, None, None
         if self.mask_key:
-            inside = d[self.mask_key].as_tensor() > 0
+            inside, affine = d[self.mask_key].as_tensor() > 0, d[self.mask_key].affine.clone()
             d[self.mask_key] = self.resample(d[self.mask_key])
             share = d[self.mask_key].as_tensor().clone()
             d[self.mask_key].set_((share >= 0.5).to(share))
@@ -91,6 +91,11 @@ class ResampleToGridd(MapTransform, InvertibleTransform):
                 sizes = ("x".join(map(str, v.shape[1:])) for v in (volume, inside))
                 name = volume.meta.get("filename_or_obj", key)
                 raise InputError(f"{name}: {' voxels where its scan has '.join(sizes)}; both must lie on one grid")
+            if mode == "bilinear" and affine is not None and not torch.allclose(volume.affine, affine, atol=0.05):
+                name = volume.meta.get("filename_or_obj", key)
+                raise InputError(
+                    f"{name}: lies elsewhere than its scan (affine of the header); write it with the scan's"
+                )
             if mode == "bilinear" and inside is not None and share is not None:
                 volume = MetaTensor(torch.where(inside, volume.as_tensor(), 0.0)).copy_meta_from(volume)
                 volume = self.resample(volume)

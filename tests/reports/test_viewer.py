@@ -10,9 +10,9 @@ import pytest
 from scipy import ndimage
 
 from bundle.errors import InputError
-from bundle.reports import LabelMapd, chosen, chosen_threshold
+from bundle.reports import LabelMapd, chosen
 from bundle.reports.viewer import LABELS, describe_findings
-from bundle.scoring import Calibration, FindLesionsd
+from bundle.scoring import Calibration, FindLesionsd, chosen_threshold
 from tests.conftest import ROOT, meta
 
 AFFINE = np.array([[0, 2.0, 0, -7], [-1, 0, 0, 5], [0, 0, 3.0, 1], [0, 0, 0, 1]])
@@ -93,5 +93,6 @@ def test_options_as_a_viewer_sends_them():
     assert chosen(["t1", "t2"]) == "t1" and chosen("flair") == "flair"
     assert chosen_threshold("calibrated") is chosen_threshold("") is chosen_threshold(None) is None
     assert chosen_threshold("2.5") == chosen_threshold(2.5) == 2.5
-    with pytest.raises(InputError, match="threshold 'high'"):
-        chosen_threshold("high")
+    for text in ("high", "nan", "inf"):
+        with pytest.raises(InputError, match=f"threshold '{text}'"):
+            chosen_threshold(text)
