@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -97,9 +98,13 @@ def test_a_contrast_that_nobody_scanned_is_made_from_anatomy(anatomies, grid_fil
     trained = ("--dataset_dir", made, "--ckpt_dir", models)
     succeed("training", "train", grid_file, *use, *trained, "--max_epochs", 1)
     (models / "model.pt").rename(models / "model_t2.pt")
+    (models / "model.pt").write_bytes(b"of another contrast")
+    before = (models / "model_t2.pt").read_bytes()
+    succeed("training", "train", grid_file, *use, *trained, "--max_epochs", 1, "--seed", 5)
+    assert (models / "model_t2.pt").read_bytes() != before
+    assert (models / "model.pt").read_bytes() == b"of another contrast"
     succeed("calibration", "calibrate", grid_file, *use, *trained)
     assert (models / "calibration_t2.json").is_file()
-    (models / "model.pt").write_bytes(b"of another contrast")
     scans = ("--section", "validation", "--dataset_dir", made, "--ckpt_dir", models, "--output_dir", out)
     succeed("inference", "inference", grid_file, *use, *scans)
     fly = ("--dataset_dir", anatomies, "--ckpt_dir", tmp_path / "fly", "--max_epochs", 1, "--amp", True)
@@ -187,6 +192,10 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     assert {n: (out / n / f"{n}_heatmap.nii.gz").stat().st_mtime_ns for n in results} == written
     assert "[1/" not in succeed("inference", "inference", grid_file, *use)
     assert "[3/3]" in succeed("inference", "inference", grid_file, *use, "--min_lesion_mm3", 99)
+    other = write_nifti(tmp_path / "elsewhere/plain.nii.gz", image.get_fdata() + 2, image.affine)
+    os.utime(other, (0, 0))  # older than the result
+    again = succeed("inference", "inference", grid_file, *use, "--dataset_dir", other, "--min_lesion_mm3", 99)
+    assert "[1/1] plain" in again and "done before" not in again
 
     overrides = {**GRID, "min_lesion_mm3": 99.0, "ckpt_dir": str(models), "bias_field": "none", "alignment": "none"}
     found = LesionFinder("t1", device="cpu", **overrides)(turned, affine)

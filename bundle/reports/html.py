@@ -95,7 +95,7 @@ def draw_dice(curves: Sequence[ScoreCurve], frozen: float, tuned: float | None, 
     ax.plot(tried, dice.mean(0), color="tab:blue", linewidth=2, label="mean of the cases")
     ax.axvline(frozen, color="tab:red", label=f"frozen on healthy scans, {frozen:.2f}")
     if tuned is not None:
-        ax.axvline(tuned, color="tab:orange", linestyle="--", label=f"tuned on other patients, {tuned:.2f}")
+        ax.axvline(tuned, color="tab:orange", linestyle="--", label=f"tuned on other lesions, {tuned:.2f}")
     ax.set(xlabel=f"threshold of {score}", ylabel="Dice", ylim=(0, None), title="Dice against the threshold")
     ax.legend(fontsize=8)
     return figure

@@ -46,6 +46,7 @@ def test_contrasts_are_told_apart(tmp_path):
         ({"test": [{"image": "a.nii", "label": ["a.nii"]}]}, "'label' must be one path"),
         ({"training": [{"image": "a.nii"}]}, "no item of.*'test'; it holds {'training': 1}"),
         ({"test": [{"image": "a.nii", "contrast": "t2"}]}, "contrast 't1'"),
+        ({"test": [{"image": "a.nii", "fusion_maps": ["a.nii"]}]}, "'fusion_maps' must give a path for each name"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, content, message):

@@ -58,6 +58,7 @@ def test_every_mask_is_planted_once_and_tuning_is_kept_from_the_test(bench):
     names = [i["subject"].split("_")[1] for items in dealt.values() for i in items]
     assert sorted(names) == ["lesion0", "lesion1", "lesion2"] and len(dealt["tuning"]) == 2
     for item in dealt["tuning"] + dealt["test"]:
+        assert item["person"] == item["subject"].split("_")[0]
         label, image, brain = (nib.load(item[k]).get_fdata() for k in ("label", "image", "brain_mask"))
         healthy = nib.load(bench / "healthy" / f"i{item['subject'][1]}.nii.gz").get_fdata()
         ml = {"lesion0": 1.0, "lesion1": 0.512, "lesion2": 2.304}[item["subject"].split("_")[1]]

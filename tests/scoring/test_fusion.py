@@ -43,6 +43,7 @@ def test_a_missing_map_is_an_error_not_a_zero():
     ("rule", "weights", "message"),
     [
         ("mean", WEIGHTS, "'mean' is unknown: use one of sum, product"),
+        ("sum", {"location": 1, "intensity": 1}, "'intensity' is no z-score; only fusion_rule 'rank'"),
         ("sum", {}, "must name the maps"),
         ("sum", {"fusion": 1.0}, "must name the maps"),
         ("sum", {"location": 0.0}, "above 0"),

@@ -1,10 +1,12 @@
 import numpy as np
+import pytest
 import torch
 from monai.transforms import Compose, Invertd
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from bundle.data import grid_affine
+from bundle.errors import InputError
 from bundle.transforms import FillOutsided, KeepVolumed, MaskOutsided, ResampleToGrid, ResampleToGridd
 from tests.conftest import CENTER, ellipsoid, meta
 
@@ -87,6 +89,18 @@ def test_nothing_outside_the_brain_comes_in():
     assert abs(mask.sum() * 8 / inside.sum() - 1) < 0.05
     values = results[0]["image"].as_tensor()[mask]
     assert values.min() > brain[inside > 0].min() and values.max() < brain[inside > 0].max()
+
+
+def test_volumes_that_lie_elsewhere_than_their_scan_are_refused():
+    mask = meta(np.ones((6, 6, 6)), np.diag([2.0, 2.0, 2.0, 1.0]))
+    resample = ResampleToGridd(("image", "diffusion"), 2.0, (8, 8, 8), (5.0, 5.0, 5.0))
+    image = {"image": mask.clone(), "brain_mask": mask}
+    for other, message in (
+        (meta(np.ones((6, 6, 6))), "lies elsewhere than its scan"),
+        (meta(np.ones((6, 6, 5)), mask.affine), "6x6x5 voxels where its scan has 6x6x6"),
+    ):
+        with pytest.raises(InputError, match=message):
+            resample({**image, "diffusion": other})
 
 
 def test_spheres_keep_their_volume_there_and_back():
