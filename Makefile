@@ -39,12 +39,12 @@ package: $(VENV)/tools
 
 # MONAI Label, in an environment of its own: docs/monai_label.md
 serve: label-app
-	$(LABEL)/bin/monailabel start_server --app build/apps/monaibundle --studies "$(STUDIES)" \
+	PATH="$(CURDIR)/$(LABEL)/bin:$$PATH" monailabel start_server --app build/apps/monaibundle --studies "$(STUDIES)" \
 	    --conf models patch2loc_brain_mri --conf zoo_source ngc --conf sam2 false
 
 label-app: package $(LABEL)/installed
 	rm -rf build/apps
-	$(LABEL)/bin/monailabel apps --download --name monaibundle --output build/apps > /dev/null
+	PATH="$(CURDIR)/$(LABEL)/bin:$$PATH" monailabel apps --download --name monaibundle --output build/apps > /dev/null
 	$(LABEL)/bin/python -m zipfile -e "$$(ls -t build/patch2loc_brain_mri_v*.zip | head -n 1)" build/apps/monaibundle/model
 
 test-label: package $(LABEL)/installed

@@ -27,6 +27,8 @@ from monailabel.client.client import MONAILabelClientException
 NAME = "patch2loc_brain_mri"
 THRESHOLD = 1.5  # low enough that there is something to compare in any scan
 CHECKS: list[bool] = []
+# MONAI Label's command starts whatever is called python
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def check(what: str, passed: bool, told: object = "") -> None:
@@ -66,9 +68,8 @@ def serve(app: Path, studies: Path, log: Path) -> tuple[subprocess.Popen, str]:
         port = free.getsockname()[1]
     command = ["monailabel", "start_server", "--app", app, "--studies", studies, "--host", "127.0.0.1", "--port", port]
     command += ["--conf", "models", NAME, "--conf", "zoo_source", "ngc", "--conf", "sam2", "false"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     server = subprocess.Popen(
-        list(map(str, command)), stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        list(map(str, command)), stdout=log.open("w"), stderr=subprocess.STDOUT, env=ENVIRONMENT, start_new_session=True
     )
     url = f"http://127.0.0.1:{port}"
     for _ in range(180):
@@ -174,7 +175,7 @@ def main() -> None:
         app, studies = folder / "apps/monaibundle", folder / "studies"
         monailabel = Path(sys.executable).parent / "monailabel"
         download = [monailabel, "apps", "--download", "--name", "monaibundle", "--output", folder / "apps"]
-        subprocess.run(download, check=True, capture_output=True)
+        subprocess.run(download, check=True, capture_output=True, env=ENVIRONMENT)
         with zipfile.ZipFile(args.archive) as packed:
             packed.extractall(app / "model")
         studies.mkdir()
