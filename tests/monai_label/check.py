@@ -189,7 +189,9 @@ def main() -> None:
         log = folder / "server.log"
         server, url = serve(app, studies, log)
         try:
-            compare(MONAILabelClient(url), app / "model" / NAME, scans, args.contrast, folder, args.picture)
+            # the client would write into the server's temporary folder, under the name that the server then removes
+            client = MONAILabelClient(url, tmpdir=str(folder / "answers"))
+            compare(client, app / "model" / NAME, scans, args.contrast, folder, args.picture)
         except Exception:
             print(log.read_text()[-5000:])
             raise
