@@ -90,6 +90,7 @@ def check_archive(archive: Path, schema: Path) -> Iterator[tuple[str, str]]:
         root = Path(unpacked) / NAME
         (Path(elsewhere) / "check.py").write_text(CHECK)
         configs = ["--meta_file", root / "configs/metadata.json", "--config_file", root / "configs/inference.json"]
+        configs += ["--bundle_root", root]
         monai = [sys.executable, "-m", "monai.bundle"]
         exported = ["--filepath", Path(elsewhere) / "model.ts", "--ckpt_file", root / "models/model.pt"]
         commands = {
@@ -99,14 +100,8 @@ def check_archive(archive: Path, schema: Path) -> Iterator[tuple[str, str]]:
             "create_workflow, check_properties, load": [sys.executable, "check.py", root],
         }
         for name, command in commands.items():
-            # these two read a config without making its folder importable, as MONAI's workflows do
-            reads_only = name in ("verify_net_in_out", "ckpt_export")
             result = subprocess.run(
-                list(map(str, command)),
-                cwd=elsewhere,
-                env={**environment, "PYTHONPATH": str(root)} if reads_only else environment,
-                capture_output=True,
-                text=True,
+                list(map(str, command)), cwd=elsewhere, env=environment, capture_output=True, text=True
             )
             yield name, "" if result.returncode == 0 else result.stderr.strip()[-2000:]
 
