@@ -29,7 +29,10 @@ def torchrun(run_id, config, overlay, grid_file, *overrides):
         "monai.bundle",
     ]
     command += ["run", run_id, "--config_file", files, *map(str, overrides)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    if "terminate called without an active exception" in result.stderr:  # torch's threads, rarely, as a process ends
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return result
 
 
 def curve(result, name):
