@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Hashable, Mapping
 from types import TracebackType
+from typing import Any
+
+import torch
 
 
 class InputError(Exception):
@@ -43,6 +47,26 @@ def explain(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def flag(data: Mapping[Hashable, Any], doubt: str) -> dict[Hashable, Any]:
+    """``data`` with a doubt about the scan added to ``flags``: it goes on, and its row in the table tells."""
+    return {**data, "flags": "; ".join(filter(None, [data.get("flags", ""), doubt]))}
+
+
+def require_device(device: Any) -> None:
+    """One of the first steps of every run.
+
+    Raises:
+        InputError: a device that PyTorch does not know, or that this machine lacks.
+    """
+    try:
+        known = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device '{device}' is unknown: use cpu, cuda or cuda:1") from error
+    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
+        there = f"it sees {torch.cuda.device_count()}" if torch.cuda.device_count() else "it sees none"
+        raise InputError(f"device '{device}': PyTorch {torch.__version__} has no such GPU ({there}); use --device cpu")
 
 
 def _one_line_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

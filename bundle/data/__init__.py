@@ -2,10 +2,12 @@ from .atlas import Atlas, grid_affine, load_atlas
 from .cohort import Recipe, find_scans, load_recipe, prepare_cohort, split_people
 from .collate import collate_samples
 from .datalist import evaluation_items, list_scans, load_datalist, require_dataset
+from .files import claim_folder
 
 __all__ = [
     "Atlas",
     "Recipe",
+    "claim_folder",
     "collate_samples",
     "evaluation_items",
     "find_scans",

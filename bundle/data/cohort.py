@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,13 +26,13 @@ from tqdm import tqdm
 
 from bundle.errors import InputError, explain
 
-from .atlas import atlas_overlap, load_atlas
+from .atlas import atlas_overlap, contrast_doubt, load_atlas
 from .datalist import VOLUME_KEYS
-from .files import read_json, write_json, write_volume
+from .files import claim_folder, read_json, write_json, write_volume
 
 SECTIONS = ("training", "validation", "calibration", "tuning", "test")
 # of the items that are written; part of what a prepared scan was made from
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ class Preparation:
     def __call__(self, scan: Mapping[str, str]) -> dict[str, Any]:
         """Run one scan through the chain, save it, and return its item for ``datalist.json``.
 
-        The item also tells ``atlas_overlap``: Dice of its brain mask and the atlas' on the grid, 1 is perfect.
+        The item also tells ``atlas_overlap``: Dice of its brain mask and the atlas' on the grid, 1 is perfect; and
+        ``flags``, if there is any doubt about the scan.
         The record is written last: where it and the files exist, the scan is done and not touched again.
         """
         name = f"{scan['subject']}_{scan['contrast']}"
@@ -239,6 +241,9 @@ class Preparation:
             raise
         item.update(subject=scan["subject"], person=scan["person"], contrast=scan["contrast"])
         item.update(atlas_overlap=round(overlap, 4), to_atlas=_to_atlas(data["image"]).tolist())
+        doubts = [data.get("flags", ""), "" if self.atlas else contrast_doubt(data["image"], scan["contrast"], atlas)]
+        if any(doubts):
+            item["flags"] = "; ".join(filter(None, doubts))
         item["content"] = hashlib.sha256(data["image"].as_tensor().numpy().tobytes()).hexdigest()
         item["source"] = {k: os.path.relpath(scan[k], self.dataset_dir) for k in ("image", "label") if k in scan}
         write_json(record, {"item": item, "made_from": made_from})
@@ -280,7 +285,16 @@ def _read_record(file: Path) -> dict[str, Any]:
 _prepare: Callable = dict  # of the worker process
 
 
+def _follow_parent() -> None:
+    """End this worker with the process that started it, however that one ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _set_up_worker(prepare: Preparation) -> None:
+    threading.Thread(target=_follow_parent, daemon=True).start()
     # one thread per worker: two processes with two threads each would only get in each other's way
     torch.set_num_threads(1)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -306,6 +320,7 @@ def prepare_cohort(
     atlas: str | None = None,
     seed: int = 0,
     num_workers: int = 2,
+    record: Callable | None = None,
 ) -> Path:
     """Turn a cohort into a prepared dataset: volumes on the atlas grid, ``datalist.json`` and, in ``qc``, a sheet per
     scan and ``contact_sheet.png``, the worst aligned scans first. Resumable.
@@ -318,6 +333,7 @@ def prepare_cohort(
         draw_contact_sheet: called with the sheets' paths and the path to write; None draws none.
         seed: of the split.
         num_workers: processes.
+        record: called with the folder and "preparation" before the work, see `bundle.command_line.record_run`.
 
     Returns:
         the ``datalist.json`` written.
@@ -335,6 +351,9 @@ def prepare_cohort(
     scans = find_scans(recipe, source_dir)
     section = split_people(recipe, (s["person"] for s in scans), seed)
     scans = [s for s in scans if s["person"] in section]
+    claim_folder(folder)
+    if record:
+        record(folder, "preparation")
     settings = {**(settings or {}), "alignment": recipe.alignment, "close_mm": recipe.close_mm}
     prepare = Preparation(folder, preprocessing, settings, draw_alignment, atlas)
     datalist: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
@@ -372,6 +391,9 @@ def prepare_cohort(
             sheets = [folder / "qc" / f"{i['subject']}_{i['contrast']}.png" for i in everyone]
             draw_contact_sheet([f for f in sheets if f.is_file()], sheet)
             print(f"{sheet}: look at it before training; the worst aligned scans come first")
+    for item in everyone:
+        if "flags" in item:
+            print(f"{item['subject']} ({item['contrast']}): flagged: {item['flags']}")
     if failures:
         raise InputError("; ".join([f"{len(failures)} of {len(scans)} scans failed", *failures]), exit_code=3)
     return file

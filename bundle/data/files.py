@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,18 +14,21 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from filelock import FileLock, Timeout
 
 from bundle.errors import InputError
+from bundle.parallel import is_main
 
 _SUFFIXES = (".nii.gz", ".nii")
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` (same suffixes); on success it becomes ``path``, on failure it goes.
+    """Yield a temporary path beside ``path`` (same suffixes); on success it is synced and becomes ``path``, on failure
+    it goes.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError: the folder cannot be written to, or is full.
     """
     path = Path(path)
     try:
@@ -31,16 +36,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + path.name, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise InputError(
-            f"{path.parent}: cannot be written ({error.strerror}); choose another output folder"
-        ) from error
+        raise unwritable(path.parent, error) from error
     temporary = Path(name)
     try:
         yield temporary
         share(temporary)
+        sync(temporary)
         temporary.replace(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: OSError) -> InputError:
+    """What a user is told of ``error``, met when ``path`` was written."""
+    return InputError(
+        f"{path}: cannot be written ({error.strerror or error}); make room or choose another output folder"
+    )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content is on the disk, so that a power cut cannot leave its name without it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def share(path: Path) -> None:
@@ -48,6 +70,47 @@ def share(path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+_claims: list[FileLock] = []
+
+
+def claim_folder(folder: str | Path) -> None:
+    """Make this process the only one that writes to ``folder`` until it ends, and remove what killed ones left half
+    done. Of several processes of one run, the first does it for all.
+
+    Raises:
+        InputError: another run is writing there, or the folder cannot be written to.
+    """
+    if not is_main():
+        return
+    folder = Path(folder)
+    lock = FileLock(folder.resolve() / ".lock", timeout=0)
+    if any(claim.lock_file == lock.lock_file for claim in _claims):
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{folder}: another run is writing there; wait for it or choose another output folder"
+        ) from error
+    except OSError as error:
+        raise unwritable(folder, error) from error
+    _claims.append(lock)
+    for left in [*folder.rglob(".partial-*"), *folder.rglob(".replaced-*")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+@atexit.register
+def _release_claims() -> None:
+    while _claims:
+        lock = _claims.pop()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -17,7 +18,8 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 import bundle
-from bundle.data.files import nifti_header, read_json, share, write_json, write_text, write_volume
+from bundle.command_line import record_run
+from bundle.data.files import claim_folder, nifti_header, read_json, share, unwritable, write_text, write_volume
 from bundle.errors import InputError
 from bundle.parallel import gather, is_main
 from bundle.scoring import CalibrationFile, FindLesionsd
@@ -45,10 +47,19 @@ def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict
     return json.loads(json.dumps(facts))
 
 
+def calibration_files(calibration: CalibrationFile) -> list[str | Path]:
+    """The files that a calibration stands for: model, maps and thresholds."""
+    return [calibration.model_file, calibration.path, Path(calibration.path).with_suffix(".nii.gz")]
+
+
 def _scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:
-    """Path, size and time of each file of a scan: another file of the same name is another scan."""
+    """Place (its hash: paths may tell names), size and time of each file of a scan: another file of the same name is
+    another scan.
+    """
     files = {key: Path(value).resolve() for key, value in scan.items() if isinstance(value, str) and key != "name"}
-    return {k: [str(f), f.stat().st_size, f.stat().st_mtime_ns] for k, f in sorted(files.items()) if f.exists()}
+    there = {key: file for key, file in sorted(files.items()) if file.exists()}
+    places = {key: hashlib.sha256(os.fsencode(file)).hexdigest()[:16] for key, file in there.items()}
+    return {key: [places[key], file.stat().st_size, file.stat().st_mtime_ns] for key, file in there.items()}
 
 
 def finished_scans(
@@ -64,11 +75,11 @@ def finished_scans(
     folder = Path(output_dir)
     if overwrite or not scans or not (folder / "run.json").is_file() or not (folder / "summary.csv").is_file():
         return {}
-    record = read_json(folder / "run.json", "record of a run; remove it")
+    record = read_json(folder / "run.json", "record of a run; remove it").get("inference", {})
     if record.get("settings") != run_facts(settings, calibration):
         return {}
     with (folder / "summary.csv").open(newline="") as table:
-        rows = {row["name"]: row for row in csv.DictReader(table) if row.get("status") == "ok"}
+        rows = {row["name"]: row for row in csv.DictReader(table) if is_done(row)}
     finished = {}
     for scan in scans:
         name = scan["name"]
@@ -83,7 +94,8 @@ class SaveFindings:
     included.
 
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
-    (float32), ``NAME_lesion.nii.gz`` (uint8), both on the input's grid, and ``NAME_report.png``. When all scans are
+    (float32), ``NAME_lesion.nii.gz`` (uint8), both on the input's grid, and ``NAME_report.png``. The ``status`` of its
+    row is "ok", "flagged: DOUBTS" or "failed: REASON". When all scans are
     done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them.
 
     Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label`` on the atlas grid,
@@ -123,11 +135,13 @@ class SaveFindings:
         self.rows, self.begun = [], time.monotonic()
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
         self.find_lesions.threshold()
+        claim_folder(self.output_dir)
         if is_main():
             write_table(self.output_dir / "summary.csv", list(self.finished.values()), COLUMNS)
             facts = run_facts(self.settings, self.find_lesions.calibration)
             scans = {scan["name"]: _scan_facts(scan) for scan in self.scans}
-            write_json(self.output_dir / "run.json", {"settings": facts, "scans": scans})
+            files = calibration_files(self.find_lesions.calibration)
+            record_run(self.output_dir, "inference", files, settings=facts, scans=scans)
             for name in self.finished:
                 print(f"{name}: done before, with the same settings")
 
@@ -140,12 +154,18 @@ class SaveFindings:
             name = output["name"] if failure else batch["name"]
             row: dict[str, Any] = {"name": name, "status": f"failed: {failure}"}
             if not failure:
-                row.update(self._write_scan(name, {**batch, **output}), status="ok")
+                data = {**batch, **output}
+                status = f"flagged: {data['flags']}" if data.get("flags") else "ok"
+                try:
+                    row.update(self._write_scan(name, data), status=status)
+                except OSError as error:  # the next scan would fare no better
+                    raise unwritable(self.output_dir / name, error) from error
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
             if is_main():
                 write_table(self.output_dir / "summary.csv", [*self.finished.values(), *self.rows], COLUMNS)
             told = row["status"] if failure else f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml"
+            told += "" if failure or row["status"] == "ok" else f", {row['status']}"
             done = len(self.rows)
             left = (time.monotonic() - self.begun) / done * (self.total - done)
             until = f", {left / 60:.0f} min left" if left > 90 else ""
@@ -161,6 +181,7 @@ class SaveFindings:
             "max_score": f"{figures['max_score']:.3f}",
             "mean_score": f"{figures['mean_score']:.3f}",
         }
+        doubt = f"\nFLAGGED: {output['flags']}" if output.get("flags") else ""
         header = nifti_header(output["image"].meta["filename_or_obj"])
         label, fusion = output.get("label"), self.find_lesions.calibration.load().fusion
         rule = None if fusion is None else fusion.rule
@@ -173,7 +194,7 @@ class SaveFindings:
             write_volume(partial / f"{name}_lesion.nii.gz", found.astype(np.uint8), lesion.affine, header)
             draw_report(
                 partial / f"{name}_report.png",
-                f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml",
+                f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{doubt}",
                 np.asarray(output["image"][0].cpu()),
                 volumes["heatmap_atlas"],
                 volumes["lesion_atlas"],
@@ -188,7 +209,7 @@ class SaveFindings:
 
     def finish(self, engine: Engine) -> None:
         self.rows = [*self.finished.values(), *gather(self.rows)]
-        failed = [r for r in self.rows if r["status"] != "ok"]
+        failed = [r for r in self.rows if not is_done(r)]
         if not is_main():  # one process tells it all
             return
         write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
@@ -199,6 +220,11 @@ class SaveFindings:
         if failed:
             lines = [f"{r['name']}: {r['status']}" for r in failed]
             raise InputError("; ".join(lines), exit_code=2 if len(failed) == len(self.rows) else 3)
+
+
+def is_done(row: Mapping[str, Any]) -> bool:
+    """Whether a row of ``summary.csv`` is of a scan with results, doubtful ones included."""
+    return str(row.get("status", "")).startswith(("ok", "flagged"))
 
 
 def as_list(batch: Any) -> list[dict[str, Any]]:

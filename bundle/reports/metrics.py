@@ -11,13 +11,14 @@ import torch
 from ignite.engine import Engine, Events
 
 import bundle
-from bundle.data.files import write_json
+from bundle.command_line import record_run
+from bundle.data.files import claim_folder, write_json
 from bundle.errors import InputError
 from bundle.metrics import CASE_METRICS, Case, measure_methods, summarise
 from bundle.parallel import gather, is_main
 from bundle.scoring import FindLesionsd
 
-from .findings import as_list, write_table
+from .findings import as_list, calibration_files, write_table
 from .html import Strip, write_report
 
 
@@ -51,6 +52,8 @@ class SaveMetrics:
     def start(self, engine: Engine) -> None:
         self.cases, self.strips, self.failures = [], [], []
         self.find_lesions.threshold()  # a threshold that does not exist is told before the work
+        claim_folder(self.output_dir)
+        record_run(self.output_dir, "evaluation", calibration_files(self.find_lesions.calibration))
 
     def collect(self, engine: Any) -> None:
         for batch, output in zip(as_list(engine.state.batch), engine.state.output):
@@ -64,7 +67,8 @@ class SaveMetrics:
             self.cases.append(Case(name, person, purpose, measure_methods(data, self.find_lesions.score)))
             if purpose == "test":
                 self.strips.append(Strip.of(data))
-            print(f"[{len(self.cases) + len(self.failures)}/{self.total}] {purpose}: {name}", flush=True)
+            doubt = f", flagged: {data['flags']}" if data.get("flags") else ""
+            print(f"[{len(self.cases) + len(self.failures)}/{self.total}] {purpose}: {name}{doubt}", flush=True)
 
     def finish(self, engine: Any) -> None:
         cases, strips, failures = gather(self.cases), gather(self.strips), gather(self.failures)

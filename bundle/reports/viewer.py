@@ -55,7 +55,7 @@ def describe_findings(heatmap: MetaTensor, lesion: MetaTensor, brain_mask: torch
 
 class LabelMapd(MapTransform):
     """Add what MONAI Label sends to a viewer, under the names it looks for: ``pred``, a label map on the scan's grid,
-    and ``result``, figures (see `describe_findings`, and the ``threshold``).
+    and ``result``, figures (see `describe_findings`, the ``threshold``, and ``flags`` where there are doubts).
 
     Args:
         keys: the heatmap ``[1, X, Y, Z]`` on the scan's own grid (one key).
@@ -90,6 +90,8 @@ class LabelMapd(MapTransform):
         heatmap, lesion = d[self.keys[0]].cpu(), d[self.lesion_key].cpu()
         result = describe_findings(heatmap, lesion, d[self.mask_key].cpu())
         d["result"] = {**result, "score": self.find_lesions.score, "threshold": self.find_lesions.threshold()}
+        if d.get("flags"):
+            d["result"]["flags"] = d["flags"]
         if self.label_map == "heatmap":
             d["pred"] = heatmap.clone()
             return d

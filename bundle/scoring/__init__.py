@@ -15,7 +15,7 @@ from .calibration import (
     usual_quantile,
 )
 from .fusion import RULES, Fusion, usual_weights
-from .transforms import AnomalyHeatmapd, FindLesionsd, chosen_threshold, score_of
+from .transforms import AnomalyHeatmapd, CheckLikenessd, FindLesionsd, chosen_threshold, score_of
 
 __all__ = [
     "INTENSITY_SCORES",
@@ -25,6 +25,7 @@ __all__ = [
     "AnomalyHeatmapd",
     "Calibration",
     "CalibrationFile",
+    "CheckLikenessd",
     "FindLesionsd",
     "FitCalibration",
     "Fusion",

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from scipy import ndimage
 
-from bundle.data.files import read_json, write_json, write_volume
+from bundle.command_line import record_run
+from bundle.data.files import claim_folder, read_json, write_json, write_volume
 from bundle.errors import InputError
 
 from .anomaly import fill_outside, smooth_inside
@@ -467,6 +468,7 @@ class FitCalibration:
         self.affine = np.eye(4)
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, lambda _: claim_folder(Path(self.path).parent))
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
@@ -507,6 +509,7 @@ class FitCalibration:
         affine = self.affine @ np.diag([factor, factor, factor, 1.0])
         affine[:3, 3] = (self.affine @ np.array([*[(factor - 1) / 2] * 3, 1.0]))[:3]
         save_calibration(calibration, self.path, affine)
+        record_run(Path(self.path).parent, f"calibration {self.contrast}", [self.model_file])
         print(
             f"{self.path}: fitted to {len(self.images)} scans; 99 % of healthy brain voxels score below "
             f"{calibration.threshold('location', 0.99):.2f}",

@@ -10,7 +10,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, RemoveSmallObjects
 
-from bundle.errors import InputError
+from bundle.data.atlas import contrast_doubt, load_atlas
+from bundle.errors import InputError, flag
 
 from .calibration import SCORES, Calibration, CalibrationFile
 
@@ -54,6 +55,39 @@ def score_of(
     maps = {key: data[key].as_tensor().cpu().float() for key in calibration.extra_maps if key in data}
     channels, values = (t.as_tensor().cpu().float() for t in (data[channels_key], image))
     return MetaTensor(calibration.score(name, channels, values, maps)).copy_meta_from(image)
+
+
+class CheckLikenessd(MapTransform):
+    """Flag a scan that is not what its calibration knows: tissues ordered as in another contrast (`contrast_doubt`), or
+    too much of the brain far from the intensities of healthy people.
+
+    With the shipped calibrations at most a tenth of the brain lies beyond 3 spreads in healthy scans and in those of
+    patients with strokes of up to 175 ml; a scan of another contrast has a third or more.
+
+    Args:
+        keys: the normalised image ``[1, H, W, D]`` on the atlas grid (one key).
+        calibration: of the model and contrast.
+        atlas: that scans are aligned to, see `load_atlas`; tissues are looked for in the default one only.
+        largest_share: of the brain, beyond 3 spreads.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, calibration: CalibrationFile, atlas: str | None = None, largest_share: float = 0.25
+    ) -> None:
+        super().__init__(keys)
+        self.calibration, self.atlas, self.largest_share = calibration, atlas, largest_share
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d, calibration = dict(data), self.calibration.load()
+        image = d[self.keys[0]]
+        volume = image.as_tensor().cpu().float()
+        share = float((calibration.standardise("intensity", volume).abs()[volume > 0] > 3).float().mean())
+        doubts = [contrast_doubt(image, calibration.contrast, load_atlas(None))] if self.atlas is None else []
+        if share > self.largest_share:
+            doubts.append(f"{share:.0%} of its brain is unlike healthy {calibration.contrast} scans")
+        for doubt in filter(None, doubts):
+            d = flag(d, doubt)
+        return d
 
 
 class AnomalyHeatmapd(MapTransform):

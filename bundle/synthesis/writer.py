@@ -10,7 +10,8 @@ from typing import Any
 from monai.transforms import Compose
 from tqdm import tqdm
 
-from bundle.data import load_datalist
+from bundle.command_line import record_run
+from bundle.data import claim_folder, load_datalist
 from bundle.data.datalist import write_item
 from bundle.data.files import read_json, write_json
 from bundle.errors import InputError
@@ -52,6 +53,8 @@ def write_scans(
     folder = Path(output_dir)
     if not output_dir or folder.resolve() == Path(dataset_dir).resolve():
         raise InputError("name a new folder for the synthetic scans with --output_dir")
+    claim_folder(folder)
+    record_run(folder, "synthesis")
     there = read_json(Path(dataset_dir) / "datalist.json", "list of the dataset")
     datalist: dict[str, list[dict[str, Any]]] = {}
     for number, section in enumerate(s for s in sections if there.get(s)):

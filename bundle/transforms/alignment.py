@@ -15,10 +15,12 @@ from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform
 
 from bundle.data.atlas import LPS, Atlas, atlas_overlap, load_atlas, to_sitk
-from bundle.errors import InputError
+from bundle.errors import InputError, flag
 
 # overlap of its brain with the atlas' above which a scan is taken to be aligned; registered ones reach 0.955 and more
 _ALREADY_ALIGNED = 0.95
+# below the one, what lies there is no whole brain; below the other, somebody should look
+_LEAST_OVERLAP, _USUAL_OVERLAP = 0.8, 0.92
 
 # Heads lie tilted in the scanner. From a start that is 25 degrees off about any one axis, 30 degrees are found again.
 _START_DEGREES = 25.0
@@ -150,6 +152,11 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             scan comes from a prepared dataset (its item says ``prepared``) or lies there already
             (`atlas_overlap` of at least 0.95).
         atlas: template file, see `load_atlas`.
+
+    A scan whose brain, once registered, overlaps the atlas' by less than 0.92 (Dice; heads reach 0.955) is flagged.
+
+    Raises:
+        InputError: the overlap is below 0.8: half a head, something that is no head, or a failed registration.
     """
 
     def __init__(
@@ -169,6 +176,10 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         scan_to_atlas = self._find(d)
+        if scan_to_atlas is None:
+            scan_to_atlas = np.eye(4)
+        else:
+            d = self._judge(d, scan_to_atlas)
         for key in self.key_iterator(d):
             image = d[key].clone()
             scan_affine = image.affine.clone()
@@ -178,14 +189,27 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             d[key] = image
         return d
 
-    def _find(self, d: Mapping[Hashable, Any]) -> np.ndarray:
-        """4x4 matrix from the scan's world to the atlas'."""
+    def _find(self, d: Mapping[Hashable, Any]) -> np.ndarray | None:
+        """4x4 matrix from the scan's world to the atlas', None where they are the same."""
         if self.method == "none" or (self.method == "auto" and d.get("prepared")):
-            return np.eye(4)
+            return None
         atlas = load_atlas(self.atlas)
         if self.method == "auto" and atlas_overlap(d[self.mask_key], atlas) >= _ALREADY_ALIGNED:
-            return np.eye(4)
+            return None
         return register_to_atlas(d[self.image_key], d[self.mask_key], atlas)
+
+    def _judge(self, d: Mapping[Hashable, Any], scan_to_atlas: np.ndarray) -> dict[Hashable, Any]:
+        """``d``, flagged if the brain that was registered does not lie well on the atlas'."""
+        mask = d[self.mask_key].clone()
+        mask.affine = torch.as_tensor(scan_to_atlas) @ mask.affine
+        overlap = atlas_overlap(mask, load_atlas(self.atlas))
+        if overlap < _LEAST_OVERLAP:
+            name = d[self.image_key].meta.get("filename_or_obj", self.image_key)
+            raise InputError(
+                f"{name}: its brain overlaps the atlas' by {overlap:.2f} only (Dice; heads reach 0.95); is it a whole "
+                "head, and does its header tell how it lies?"
+            )
+        return flag(d, f"lies badly on the atlas (Dice {overlap:.2f})") if overlap < _USUAL_OVERLAP else dict(d)
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

@@ -16,13 +16,14 @@ from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransf
 from scipy import ndimage
 
 from bundle.data.files import write_volume
-from bundle.errors import InputError
+from bundle.errors import InputError, flag
 
 # A stripped scan is mostly zeros, and what is left has the size of a brain. Zeros alone prove nothing: scanners blank
 # the air around a whole head too.
 _STRIPPED_BACKGROUND = 0.3
 _LARGEST_BRAIN_ML = 2200.0
 _SMALLEST_BRAIN_ML = 200.0
+_MOST_LOST = 0.001  # of the brain, that may be filled
 
 
 def close_mask(mask: torch.Tensor, voxel_mm: np.ndarray, close_mm: float) -> torch.Tensor:
@@ -96,7 +97,8 @@ class BrainMaskd(MapTransform):
         device: of the stripping network.
 
     Raises:
-        InputError: an empty mask; a head that cannot be stripped; brain voxels that are not finite.
+        InputError: an empty or inverted mask; a head that cannot be stripped; more than a thousandth of the brain not
+            finite. Less is filled from the nearest voxels, and flagged.
     """
 
     def __init__(
@@ -122,7 +124,9 @@ class BrainMaskd(MapTransform):
             image = MetaTensor(torch.where(finite, image.as_tensor(), 0.0)).copy_meta_from(image)
         if self.mask_key in d:
             mask = self._given(d[self.mask_key], image)
-            problem = f"{d[self.mask_key].meta.get('filename_or_obj', name)}: empty on the grid of {name}"
+            file = d[self.mask_key].meta.get("filename_or_obj", name)
+            problem = f"{file}: empty on the grid of {name}"
+            _check_given(mask, image, file)
         elif is_stripped(image):
             largest: Any = KeepLargestConnectedComponent()((image.as_tensor() != 0).float())
             mask, problem = torch.as_tensor(FillHoles()(largest)).float(), f"{name}: holds nothing"
@@ -130,9 +134,13 @@ class BrainMaskd(MapTransform):
             mask, problem = self._computed(image, name), ""
         if not mask.any():
             raise InputError(f"{problem}; give its brain mask with --brain_mask FILE")
-        lost = int(((mask > 0) & ~finite).sum())
-        if lost:
-            raise InputError(f"{name}: {lost} brain voxels are not finite; repair the scan")
+        lost = (mask > 0) & ~finite
+        if lost.any():
+            if lost.sum() > _MOST_LOST * (mask > 0).sum():
+                raise InputError(f"{name}: {int(lost.sum())} brain voxels are not finite; repair the scan")
+            filled = torch.where(lost, _nearest_of(image.as_tensor(), finite), image.as_tensor())
+            image = MetaTensor(filled).copy_meta_from(image)
+            d = flag(d, f"{int(lost.sum())} brain voxels were not finite; filled from their neighbours")
         d[self.keys[0]] = image
         # the mask moves with the scan from here on: same affine, same history
         d[self.mask_key] = MetaTensor(mask).copy_meta_from(image)
@@ -164,6 +172,21 @@ class BrainMaskd(MapTransform):
                 f"{name}: no brain but {volume_ml:.0f} ml were found by {self.method}; is it a scan of a head?"
             )
         return torch.as_tensor(mask.astype(np.float32))[None]
+
+
+def _check_given(mask: torch.Tensor, image: MetaTensor, file: str) -> None:
+    """Refuse a mask of the air around a head: more than any brain holds, or most corners of the volume."""
+    volume_ml, corners = mask_volume_ml(mask, image), mask[0, :: mask.shape[1] - 1, :: mask.shape[2] - 1]
+    if volume_ml > _LARGEST_BRAIN_ML or corners[..., :: mask.shape[3] - 1].sum() > 4:
+        raise InputError(
+            f"{file}: marks {volume_ml:.0f} ml, and not as a brain lies; is it inverted, or of a whole head?"
+        )
+
+
+def _nearest_of(image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Each voxel of ``[1, X, Y, Z]`` replaced by the nearest ``known`` one."""
+    index = ndimage.distance_transform_edt(~known[0].numpy(), return_distances=False, return_indices=True)
+    return torch.as_tensor(image[0].numpy()[tuple(index)])[None]
 
 
 def is_stripped(image: MetaTensor) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 import torch
@@ -14,10 +15,13 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 
 from bundle.data.atlas import from_sitk
-from bundle.errors import InputError
+from bundle.errors import InputError, flag
 
 # fewer slices cannot be registered, and a single one would be taken for a column through the whole head
 _FEWEST_VOXELS = 4
+# more, as float32, would fill 8 GiB; and no compression of a scan, nor gzip itself, does better than this
+_MOST_VOXELS, _BEST_COMPRESSION = 2**31, 1100
+_LARGEST_DIFFERENCE_MM = 2.0
 
 
 class LoadScand(MapTransform):
@@ -31,7 +35,8 @@ class LoadScand(MapTransform):
         keys: paths.
 
     Raises:
-        InputError: not a readable volume, or not one volume in three dimensions.
+        InputError: not a readable volume, not one volume in three dimensions, or a header that cannot be trusted
+            (`check_header`).
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
@@ -49,7 +54,13 @@ class LoadScand(MapTransform):
                 d[key] = _check(image, file)
             else:
                 file = str(d[key])
-                d[key] = read_dicom(file) if Path(file).is_dir() else self._read(file)
+                if Path(file).is_dir():
+                    d[key] = read_dicom(file)
+                else:
+                    doubt = check_header(file)
+                    d[key] = self._read(file)
+                    if doubt:
+                        d = flag(d, f"{Path(file).name}: {doubt}")
             if min(d[key].shape[1:]) < _FEWEST_VOXELS:
                 raise InputError(f"{file}: has {'x'.join(map(str, d[key].shape[1:]))} voxels; a scan has more slices")
         return d
@@ -62,13 +73,63 @@ class LoadScand(MapTransform):
         return _check(image[..., 0] if image.ndim == 5 and image.shape[0] == 1 else image, file)
 
 
+def check_header(file: str) -> str:
+    """Look at a NIfTI header before its voxels are read: a broken one may ask for more memory than there is.
+
+    Returns:
+        a doubt to be flagged: sform and qform disagree by more than 2 mm somewhere in the volume (the sform counts, as
+        for nibabel and ITK). "" if there is none.
+
+    Raises:
+        InputError: not a NIfTI file, colours, impossible sizes, no orientation, or two that mirror each other.
+    """
+    try:
+        image = nib.load(file)
+        header, shape = image.header, image.shape  # type: ignore[attr-defined]
+        voxels, dtype = int(np.prod(shape, dtype=object)), image.get_data_dtype()  # type: ignore[attr-defined]
+        if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
+            return ""
+    except Exception as error:  # nibabel, zlib and NumPy each have their own for a broken file
+        raise InputError(f"{file}: cannot be read as a NIfTI image; is the file complete?") from error
+    if dtype.fields is not None or dtype.kind == "c":
+        raise InputError(f"{file}: holds colours or complex numbers; a scan has one grey value per voxel")
+    size = Path(file).stat().st_size * (_BEST_COMPRESSION if file.lower().endswith(".gz") else 1)
+    if min(shape, default=0) < 1 or voxels * dtype.itemsize > size:
+        raise InputError(f"{file}: its header tells of {'x'.join(map(str, shape))} voxels, which it cannot hold")
+    if voxels > _MOST_VOXELS:
+        raise InputError(f"{file}: has {'x'.join(map(str, shape))} voxels; no scan of a head is that large")
+    forms = [f for f in (_form(header, "sform"), _form(header, "qform")) if f is not None]
+    if not forms:
+        raise InputError(f"{file}: its header has no orientation (sform and qform are not set); set one")
+    if len(forms) == 2 and all(_usable(f) for f in forms):
+        if np.linalg.det(forms[0][:3, :3]) * np.linalg.det(forms[1][:3, :3]) < 0:
+            raise InputError(f"{file}: sform and qform mirror each other, so left and right are unknown; set one right")
+        corners = np.array([[*c, 1.0] for c in np.ndindex(2, 2, 2)]) * [*np.subtract(shape[:3], 1), 1]
+        apart = np.linalg.norm((corners @ (forms[0] - forms[1]).T)[:, :3], axis=1).max()
+        if apart > _LARGEST_DIFFERENCE_MM:
+            return f"sform and qform differ by up to {apart:.0f} mm; the sform was used"
+    return ""
+
+
+def _form(header: Any, which: str) -> np.ndarray | None:
+    try:
+        matrix, code = getattr(header, f"get_{which}")(coded=True)
+    except Exception:  # a quaternion that is none
+        return np.full((4, 4), np.nan)
+    return matrix if code else None
+
+
+def _usable(affine: np.ndarray) -> bool:
+    return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine)) >= 1e-9)
+
+
 def _check(image: MetaTensor, file: str) -> MetaTensor:
     """The image, if it is one volume with an affine."""
     if image.ndim != 4:
         raise InputError(f"{file}: has {image.ndim - 1} dimensions; a scan has three")
     if image.shape[0] != 1:
         raise InputError(f"{file}: holds {image.shape[0]} volumes; split it and give one")
-    if not np.isfinite(np.asarray(image.affine)).all() or abs(np.linalg.det(np.asarray(image.affine))) < 1e-9:
+    if not _usable(np.asarray(image.affine)):
         raise InputError(f"{file}: its header has no usable orientation (affine); repair it")
     return image
 

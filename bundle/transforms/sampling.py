@@ -31,6 +31,10 @@ def patch_brain_share(image: torch.Tensor, patch_size: int, stride: int = 1) -> 
     return F.avg_pool2d((image > 0).float(), patch_size, stride)
 
 
+def _name(data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    return {"name": data["name"]} if "name" in data else {}
+
+
 class FindBrainSlicesd(MapTransform):
     """List the axial slices that hold brain in ``brain_slices``, on the CPU, so that slices can be drawn from a volume
     on the GPU without waiting for it.
@@ -54,7 +58,8 @@ class AxialSlicesd(MapTransform):
     """Take axial slices, evenly spread over those that hold brain: one dictionary per slice.
 
     Each holds ``image`` ``[1, H, W]``, the intensity, and ``slice_position`` ``[1, H, W]``, a plane filled with it. The
-    network wants both as one image of two channels (`ConcatItemsd`); what changes intensities comes before.
+    network wants both as one image of two channels (`ConcatItemsd`); what changes intensities comes before. The scan's
+    ``name`` is handed on to its slices and their patches, where there is one.
 
     Args:
         keys: the volume ``[1, H, W, D]``, with ``brain_slices`` beside it (`FindBrainSlicesd`).
@@ -76,7 +81,7 @@ class AxialSlicesd(MapTransform):
         for k in self.choose(data["brain_slices"]).tolist():
             image = volume[:, :, :, k]
             plane = torch.full_like(image, slice_position(k, volume.shape[-1]))
-            slices.append({self.keys[0]: image, "slice_position": plane})
+            slices.append({self.keys[0]: image, "slice_position": plane, **_name(data)})
         return slices
 
 
@@ -124,7 +129,8 @@ class RandPatchesd(MapTransform, Randomizable):
         patches = []
         for i, j in starts[torch.as_tensor(self.R.randint(0, len(starts), self.num_patches))].tolist():
             label = torch.tensor([(i + p / 2) / image.shape[1], (j + p / 2) / image.shape[2], weight])
-            patches.append({self.keys[0]: image[:, i : i + p, j : j + p], self.label_key: label[:, None, None]})
+            window = image[:, i : i + p, j : j + p]
+            patches.append({self.keys[0]: window, self.label_key: label[:, None, None], **_name(data)})
         return patches
 
 
@@ -166,4 +172,4 @@ class DenseLocationsd(MapTransform, Randomizable):
             for o, n, extent in zip(offset, valid.shape[1:], image.shape[1:])
         )
         location = torch.stack(torch.meshgrid(rows, cols, indexing="ij")).to(window)
-        return {self.keys[0]: window, self.label_key: torch.cat([location, valid.float()])}
+        return {self.keys[0]: window, self.label_key: torch.cat([location, valid.float()]), **_name(data)}

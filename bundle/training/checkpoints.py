@@ -1,0 +1,251 @@
+"""Checkpoints from which a training goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bundle.command_line import record_run
+from bundle.data.files import atomic_path, claim_folder
+from bundle.errors import InputError
+from bundle.parallel import is_main
+
+
+def random_generators(root: Any) -> list[np.random.RandomState]:
+    """Every NumPy generator that the (nested) transforms of ``root`` draw from, each once, in a fixed order."""
+    found: dict[int, np.random.RandomState] = {}
+    seen: set[int] = set()
+
+    def visit(thing: Any) -> None:
+        if id(thing) in seen:
+            return
+        seen.add(id(thing))
+        if isinstance(thing, np.random.RandomState):
+            found[id(thing)] = thing
+        elif isinstance(thing, Mapping):
+            for value in thing.values():
+                visit(value)
+        elif isinstance(thing, (list, tuple)):
+            for value in thing:
+                visit(value)
+        elif hasattr(thing, "__dict__") and not isinstance(thing, (type, nn.Module, torch.Tensor)):
+            visit(vars(thing))
+
+    visit(root)
+    return list(found.values())
+
+
+class RandomStates:
+    """The states of all random generators of a training: Python's, NumPy's, torch's, and those of its transforms.
+
+    Args:
+        transforms: whatever holds the random transforms.
+    """
+
+    def __init__(self, transforms: Any = ()) -> None:
+        self.transforms = transforms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Only tensors and plain numbers, so that it loads with ``weights_only``."""
+        return {
+            "python": random.getstate(),
+            "numpy": _numpy_state(np.random.mtrand._rand),
+            "transforms": [_numpy_state(generator) for generator in random_generators(self.transforms)],
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises: InputError: of other transforms."""
+        generators = random_generators(self.transforms)
+        if len(generators) != len(state["transforms"]):
+            raise InputError("the checkpoint is of a training with other random transforms; start anew")
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        for generator, saved in zip([np.random.mtrand._rand, *generators], [state["numpy"], *state["transforms"]]):
+            generator.set_state((saved[0], saved[1].numpy().astype(np.uint32), *saved[2:]))
+        torch.set_rng_state(state["torch"].cpu())
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def _numpy_state(generator: np.random.RandomState) -> list[Any]:
+    name, keys, *rest = generator.get_state(legacy=True)
+    return [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(rest[0]), int(rest[1]), float(rest[2])]
+
+
+class TrainingCheckpoints:
+    """Handler of a trainer: validate and save regularly and at the end, keep the best model, go on where one stopped.
+
+    Every ``interval`` epochs, after the validation, ``folder/MODEL_epoch=N.pt`` is written: network, optimiser,
+    schedule, epoch, best metric and all random states. The last ``keep`` stay. Whenever the validation was the best so
+    far, ``model_file`` gets the network as a flat state dict. Files are written under a temporary name, synced and
+    renamed. On a CPU a training that was killed and resumed ends with the very weights of one that was not; with
+    several processes the random states are not restored.
+
+    Checkpoints beside those it starts from or makes, of an earlier training, are moved to ``folder/earlier_K``.
+
+    Args:
+        folder: of the checkpoints.
+        model_file: the best model.
+        state: "network" and what else has a state, each with ``state_dict`` and ``load_state_dict``.
+        validator: its evaluator; tells the best metric. It has been run by others at multiples of ``interval``.
+        interval: epochs between checkpoints.
+        transforms: whatever holds the random transforms.
+        about: strings that a checkpoint must agree in, such as the contrast.
+        resume: "" starts anew; "auto" goes on from the newest checkpoint that can be read, if there is one; else the
+            checkpoint's path.
+        keep: number of checkpoints.
+
+    Raises:
+        InputError: a checkpoint that cannot be read, of another network, or of more epochs than are asked for.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        model_file: str | Path,
+        state: Mapping[str, Any],
+        validator: Any,
+        interval: int,
+        transforms: Any = (),
+        about: Mapping[str, str] | None = None,
+        resume: str = "",
+        keep: int = 3,
+    ) -> None:
+        self.folder, self.model_file, self.state = Path(folder), Path(model_file), dict(state)
+        self.validator, self.interval, self.keep = validator, interval, keep
+        self.random, self.about, self.resume = RandomStates(transforms), dict(about or {}), str(resume or "")
+        self._validated = 0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+        self.validator.add_event_handler(Events.COMPLETED, self.keep_best)
+
+    def files(self) -> list[Path]:
+        """Checkpoints of this model, the newest first."""
+        pattern = re.compile(re.escape(self.model_file.stem) + r"_epoch=\d+\.pt")
+        return sorted((f for f in self.folder.glob("*.pt") if pattern.fullmatch(f.name)), key=_epoch, reverse=True)
+
+    def start(self, engine: Engine) -> None:
+        claim_folder(self.model_file.parent)
+        record_run(self.model_file.parent, f"training {self.model_file.stem}")
+        if self.resume in ("auto", "True"):
+            for file in self.files():
+                try:
+                    content = self._read(file)
+                except InputError as error:
+                    warnings.warn(f"{error.message}: skipped", stacklevel=1)
+                    continue
+                self._restore(engine, file, content)
+                return
+            print(f"{self.folder}: no checkpoint to go on from; the training starts anew", flush=True)
+        elif self.resume:
+            self._restore(engine, Path(self.resume), self._read(Path(self.resume)))
+        else:
+            self._set_aside(self.files())
+
+    def _set_aside(self, files: Sequence[Path]) -> None:
+        """Move checkpoints that this training does not go on from, so that nobody takes them for its own."""
+        if not files or not is_main():
+            return
+        number = next(k for k in range(1, 10**6) if not (self.folder / f"earlier_{k}").exists())
+        away = self.folder / f"earlier_{number}"
+        away.mkdir()
+        for file in files:
+            file.rename(away / file.name)
+        print(
+            f"{away}: {len(files)} checkpoints of an earlier training, which this one does not go on from", flush=True
+        )
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        if not file.is_file():
+            raise InputError(
+                f"{file}: no such checkpoint; --resume takes a checkpoint's file, or 'auto' for the newest"
+            )
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch, pickle and zipfile each have their own for a broken file
+            raise InputError(f"{file}: cannot be read as a checkpoint of numbers; it is damaged or not ours") from error
+        missing = {*self.state, "random", "best", "about"} - set(content if isinstance(content, dict) else ())
+        if missing:
+            raise InputError(f"{file}: no checkpoint of such a training (it has no '{sorted(missing)[0]}')")
+        return content
+
+    def _restore(self, engine: Engine, file: Path, content: Mapping[str, Any]) -> None:
+        if content["about"] != self.about:
+            raise InputError(f"{file}: is of a training with {content['about']}, not {self.about}")
+        epochs, scheduler = engine.state.max_epochs or 0, self.state.get("lr_scheduler")
+        cycle = getattr(scheduler, "T_max", None)
+        for name, thing in self.state.items():
+            try:
+                _unwrapped(thing).load_state_dict(content[name])
+            except Exception as error:  # each object has its own way to say that it is another's
+                raise InputError(
+                    f"{file}: its {name} does not fit; go on with the configs that it was trained with"
+                ) from error
+        if engine.state.epoch > epochs:
+            raise InputError(f"{file}: has {engine.state.epoch} epochs already; --max_epochs {epochs} is less")
+        engine.state.max_epochs = epochs
+        # the schedule is that of the epochs asked for now
+        if scheduler is not None and cycle not in (None, scheduler.T_max):
+            scheduler.T_max = cycle
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._get_closed_form_lr()):
+                group["lr"] = rate
+        self.validator.state.best_metric, self.validator.state.best_metric_epoch = content["best"]
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            self.random.load_state_dict(content["random"])
+        self._validated = engine.state.epoch
+        self._set_aside([f for f in self.files() if _epoch(f) > engine.state.epoch])
+        print(f"{file}: goes on after epoch {engine.state.epoch}", flush=True)
+
+    def keep_best(self, validator: Any) -> None:
+        self._validated = validator.state.epoch
+        if is_main() and validator.state.best_metric_epoch == validator.state.epoch:
+            weights = {k: v.cpu() for k, v in _unwrapped(self.state["network"]).state_dict().items()}
+            _write(self.model_file, weights)
+
+    def save(self, engine: Engine) -> None:
+        if not is_main():
+            return
+        state = {name: _unwrapped(thing).state_dict() for name, thing in self.state.items()}
+        best = [float(self.validator.state.best_metric), int(self.validator.state.best_metric_epoch)]
+        content = {**state, "random": self.random.state_dict(), "best": best, "about": self.about}
+        _write(self.folder / f"{self.model_file.stem}_epoch={engine.state.epoch}.pt", content)
+        for file in self.files()[self.keep :]:
+            file.unlink()
+
+    def finish(self, engine: Engine) -> None:
+        """Validate and keep what was trained after the last multiple of the interval."""
+        if self._validated < engine.state.epoch:
+            self.validator.run(engine.state.epoch)
+            self.save(engine)
+
+
+def _write(file: Path, content: Any) -> None:
+    buffer = io.BytesIO()  # torch's own writer has no word for a full disk
+    torch.save(content, buffer)
+    with atomic_path(file) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def _epoch(file: Path) -> int:
+    return int(file.stem.rpartition("=")[2])
+
+
+def _unwrapped(thing: Any) -> Any:
+    return thing.module if isinstance(thing, DistributedDataParallel) else thing
