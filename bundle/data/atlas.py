@@ -126,7 +126,7 @@ def contrast_doubt(image: MetaTensor, contrast: str, atlas: Atlas) -> str:
         contrast: "t1", "t2" or "flair".
     """
     white, fluid = tissue_order(image, atlas)
-    fits = {"t1": white > 0.02, "t2": white < 0.03 and fluid > 0.0, "flair": white < 0.03 and fluid < 0.08}
+    fits = {"t1": white > 0.02, "t2": white < 0.02 and fluid > 0.0, "flair": white < 0.02 and fluid < 0.08}
     if fits.get(contrast, True):
         return ""
     others = " or ".join(name for name, fit in fits.items() if fit)

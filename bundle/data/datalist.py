@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from bundle.errors import InputError
 from .files import is_dicom, is_nifti, read_json, stem, write_volume
 
 VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
+_KNOWN_KEYS = {*VOLUME_KEYS, "subject", "person", "contrast", "to_atlas", "ignored_labels", "source", "fusion_maps"}
+_KNOWN_KEYS |= {"atlas_overlap", "flags", "purpose", "volume_ml", "name"}
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
 COMPANIONS = {"_brain_mask": "brain_mask", "_mask": "brain_mask", "_lesion": "label", "_seg": "label"}
 
@@ -56,12 +61,17 @@ def load_datalist(
     if not isinstance(content, dict) or not isinstance(content.get(section, []), list):
         raise InputError(f"{file}: must be an object whose '{section}' is a list of items")
     items = []
+    unknown: set[str] = set()
     for number, entry in enumerate(content.get(section, [])):
         where = f"{file}: item {number} of '{section}'"
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
             raise InputError(f"{where} has no path called 'image'")
+        for key in ("contrast", "subject", "person"):
+            if not isinstance(entry.get(key) or "", str):
+                raise InputError(f"{where}: '{key}' must be text, not {json.dumps(entry[key])[:40]}")
         if contrast and entry.get("contrast", contrast) != contrast:
             continue
+        unknown |= set(entry) - _KNOWN_KEYS
         item = {key: value for key, value in entry.items() if value is not None}
         missing = [key for key in require if key not in item]
         if missing:
@@ -76,15 +86,17 @@ def load_datalist(
                 raise InputError(f"{path}: not found, but named as '{key}' by {where}")
             item[key] = str(path)
         if "to_atlas" in item:  # arrays pass a data loader whole, lists come out in pieces
-            item["to_atlas"] = np.array(item["to_atlas"], float)
+            item["to_atlas"] = _numbers(item["to_atlas"], (4, 4), f"{where}: 'to_atlas' must be a 4x4 matrix")
         if "ignored_labels" in item:
-            item["ignored_labels"] = np.array(item["ignored_labels"])
+            given = item["ignored_labels"]
+            length = (len(given) if isinstance(given, list) else 0,)
+            item["ignored_labels"] = _numbers(given, length, f"{where}: 'ignored_labels' must be a list of numbers")
         if isinstance(item.get("source"), dict):  # others use the word for other things
-            item["source"] = {key: str(Path(dataset_dir) / file) for key, file in item["source"].items()}
+            item["source"] = {key: str(Path(dataset_dir) / str(file)) for key, file in item["source"].items()}
         else:
             item.pop("source", None)
         given = item.get("fusion_maps", {})
-        if not isinstance(given, dict):
+        if not isinstance(given, dict) or not all(isinstance(file, str) for file in given.values()):
             raise InputError(f"{where}: 'fusion_maps' must give a path for each name of a map")
         item["fusion_maps"] = {name: str(Path(dataset_dir) / file) for name, file in given.items()}
         items.append(item)
@@ -92,7 +104,20 @@ def load_datalist(
         there = {k: len(v) for k, v in content.items() if isinstance(v, list)}
         wanted = f"contrast '{contrast}' in '{section}'" if contrast else f"'{section}'"
         raise InputError(f"{file}: no item of {wanted}; it holds {there or 'no sections'}")
+    for key in sorted(unknown):
+        close = difflib.get_close_matches(key, _KNOWN_KEYS, 1, 0.75)
+        warnings.warn(f"{file}: unknown key '{key}', not used" + (f"; did you mean '{close[0]}'?" if close else ""))
     return add_maps(_named(items), maps or {})
+
+
+def _numbers(given: Any, shape: tuple[int, ...], problem: str) -> np.ndarray:
+    try:
+        numbers = np.array(given, float)
+    except (TypeError, ValueError) as error:
+        raise InputError(problem) from error
+    if numbers.shape != shape or not np.isfinite(numbers).all():
+        raise InputError(problem)
+    return numbers
 
 
 def add_maps(items: list[dict[str, Any]], maps: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -145,9 +170,9 @@ def evaluation_items(
     """
     parts = [("test", load_datalist(dataset_dir, section, contrast, ["label"], maps))]
     content = read_json(Path(dataset_dir) / "datalist.json", "list of the dataset") if dataset_dir else {}
-    if tuning_section != section and any(
-        i.get("contrast", contrast) == contrast for i in content.get(tuning_section, [])
-    ):
+    others = content.get(tuning_section) if tuning_section != section else None
+    others = [i for i in others if isinstance(i, dict)] if isinstance(others, list) else []
+    if any(i.get("contrast", contrast) == contrast for i in others):
         parts.append(("tuning", load_datalist(dataset_dir, tuning_section, contrast, ["label"], maps)))
     parts.append(("healthy", load_datalist(healthy_dir, healthy_section, contrast, maps=maps)))
     return [{**item, "purpose": purpose} for purpose, items in parts for item in items]

@@ -1,5 +1,12 @@
-from .inferer import AutocastInferer, PatchLocationInferer
+from .inferer import AutocastInferer, PatchLocationInferer, WeightsCheckpointLoader
 from .reconstruction import ReconstructionMapd
 from .scans import ScanDataset, ScanEvaluator
 
-__all__ = ["AutocastInferer", "PatchLocationInferer", "ReconstructionMapd", "ScanDataset", "ScanEvaluator"]
+__all__ = [
+    "AutocastInferer",
+    "PatchLocationInferer",
+    "ReconstructionMapd",
+    "ScanDataset",
+    "ScanEvaluator",
+    "WeightsCheckpointLoader",
+]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from monai.handlers import CheckpointLoader
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_dst_type
 
 from bundle.errors import InputError
-from bundle.scoring import anomaly_channels, fill_outside
+from bundle.scoring import anomaly_channels, fill_outside, require_model
 from bundle.transforms.sampling import patch_centers, slice_position
+
+_FEWEST_POSITIONS = 512  # smaller chunks than that are a matter of what else is in the memory
 
 
 def load_weights(network: Any, model_file: str | Path) -> None:
@@ -26,8 +30,27 @@ def load_weights(network: Any, model_file: str | Path) -> None:
         network.load_state_dict(torch.load(model_file, map_location="cpu", weights_only=True))
     except Exception as error:  # torch has many for a file that is no model, or another's
         raise InputError(
-            f"{model_file}: no weights of the configured {type(network).__name__}; train it again"
+            f"{model_file}: no weights of the configured {type(network).__name__}: damaged, of another network or "
+            "grid, or more than numbers; take the configs that it was trained with, or train it again"
         ) from error
+
+
+class WeightsCheckpointLoader(CheckpointLoader):
+    """MONAI's `CheckpointLoader` for weights alone: a flat state dict, read with ``weights_only``, strictly.
+
+    Args:
+        load_path: its file.
+        load_dict: the network, under any one name.
+
+    Raises:
+        InputError: when the engine starts: there is no such file, or it is damaged, of another network, or holds more
+            than numbers.
+    """
+
+    def __call__(self, engine: Any) -> None:
+        (network,) = self.load_dict.values()
+        require_model(self.load_path)
+        load_weights(network, self.load_path)
 
 
 class AutocastInferer(SimpleInferer):
@@ -104,8 +127,27 @@ class PatchLocationInferer(Inferer):
             load_weights(network, self.model_file)
             self._loaded = network
         volumes = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        results = torch.stack([self._volume(v[0], network) for v in volumes])
+        results = torch.stack([self._with_what_memory_there_is(v[0], network) for v in volumes])
         return convert_to_dst_type(results, inputs)[0]
+
+    def _with_what_memory_there_is(self, volume: torch.Tensor, network: Any) -> torch.Tensor:
+        """`_volume`; where the GPU's memory runs out, in ever smaller chunks, and at last on the CPU. What fits once is
+        kept for the volumes to come.
+        """
+        while True:
+            try:
+                return self._volume(volume, network)
+            except torch.cuda.OutOfMemoryError:
+                if self.max_positions <= _FEWEST_POSITIONS:
+                    break
+                self.max_positions //= 4
+                warnings.warn(f"GPU memory exhausted: going on with chunks of {self.max_positions} patches")
+        warnings.warn("GPU memory exhausted: this scan is done on the CPU, which takes longer")
+        device = volume.device
+        try:
+            return self._volume(volume.cpu(), network.cpu()).to(device)
+        finally:
+            network.to(device)
 
     def _volume(self, volume: torch.Tensor, network: Callable[..., torch.Tensor]) -> torch.Tensor:
         """``[H, W, D]`` to ``[2 or 4, H, W, D]``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,13 @@ class ReconstructionMapd(MapTransform):
         residual = torch.zeros_like(volume)
         for slices in filled.split(16):
             batch = volume[..., slices].permute(3, 0, 1, 2)
-            pred = self.network(batch.to(self.device)).float().cpu()
-            residual[..., slices] = (batch - pred).permute(1, 2, 3, 0)
+            try:
+                pred = self.network(batch.to(self.device))
+            except torch.cuda.OutOfMemoryError:
+                warnings.warn("GPU memory exhausted: the reconstruction goes on on the CPU, which takes longer")
+                self.device = "cpu"
+                pred = self.network.cpu()(batch)
+            residual[..., slices] = (batch - pred.float().cpu()).permute(1, 2, 3, 0)
         residual *= LESION_SIGN[self.contrast] * (volume > 0)
         d[self.output_key] = MetaTensor(residual).copy_meta_from(image)
         return d

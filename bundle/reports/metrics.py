@@ -53,7 +53,6 @@ class SaveMetrics:
         self.cases, self.strips, self.failures = [], [], []
         self.find_lesions.threshold()  # a threshold that does not exist is told before the work
         claim_folder(self.output_dir)
-        record_run(self.output_dir, "evaluation", calibration_files(self.find_lesions.calibration))
 
     def collect(self, engine: Any) -> None:
         for batch, output in zip(as_list(engine.state.batch), engine.state.output):
@@ -80,6 +79,7 @@ class SaveMetrics:
         if not is_main():  # one process tells it all
             return
         content |= {"threshold": self._threshold(content), "settings": self._settings(), "failed": failures}
+        record_run(self.output_dir, "evaluation", calibration_files(self.find_lesions.calibration))
         write_json(self.output_dir / "metrics.json", content)
         rows = [
             {"case": name, "method": method, **values}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -164,6 +165,10 @@ class BrainMaskd(MapTransform):
             mask = STRIPPERS[self.method](image, self.device)
         except InputError:
             raise
+        except torch.cuda.OutOfMemoryError:
+            warnings.warn(f"GPU memory exhausted: {self.method} goes on on the CPU, which takes longer")
+            self.device = "cpu"
+            return self._computed(image, name)
         except (AssertionError, IndexError, ValueError) as error:  # what the networks' own checks raise
             raise InputError(f"{name}: {self.method} found no brain in it; is it a scan of a head?") from error
         volume_ml = mask_volume_ml(mask, image)

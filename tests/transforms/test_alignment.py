@@ -60,13 +60,18 @@ def test_alignment_is_undone_exactly(atlas, monkeypatch):
 
 def test_auto_leaves_what_is_aligned(atlas, monkeypatch):
     monkeypatch.setattr("bundle.transforms.alignment.load_atlas", lambda *_: atlas)
-    monkeypatch.setattr("bundle.transforms.alignment.register_to_atlas", lambda *_: np.diag([2.0, 2, 2, 1]))
+    monkeypatch.setattr("bundle.transforms.alignment.register_to_atlas", lambda *_: np.diag([0.73, 0.73, 0.73, 1]))
     align = AlignToAtlasd(["image", "brain_mask"], method="auto")
     data = {"image": atlas.template, "brain_mask": atlas.brain_mask}
     torch.testing.assert_close(align(data)["image"].affine, atlas.template.affine)
     far = {k: meta(v[0], np.diag([1.5, 1.5, 1.5, 1]) @ v.affine.numpy()) for k, v in data.items()}
     assert not torch.allclose(align(far)["image"].affine, far["image"].affine)
+    assert "flags" not in align(data)
+    assert "lies badly on the atlas (Dice 0.8" in align(far)["flags"]  # spread by a tenth
     torch.testing.assert_close(align({**far, "prepared": True})["image"].affine, far["image"].affine)
+    with pytest.raises(InputError, match=r"overlaps the atlas' by 0\.[0-7]\d only"):
+        monkeypatch.setattr("bundle.transforms.alignment.register_to_atlas", lambda *_: np.diag([2.0, 2, 2, 1]))
+        align(far)
     with pytest.raises(InputError, match="alignment"):
         AlignToAtlasd("image", method="rigid")
 

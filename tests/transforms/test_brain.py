@@ -117,7 +117,7 @@ def test_hd_bet_is_used_where_it_is_installed(whole_head, monkeypatch):
         BrainMaskd(method="bet")
 
 
-def test_what_is_no_number_is_background_outside_and_refused_inside():
+def test_what_is_no_number_is_background_outside_and_filled_or_refused_inside():
     scan = head()
     scan[scan == 0] = np.nan
     out = BrainMaskd()({"image": meta(scan, AFFINE)})
@@ -125,8 +125,21 @@ def test_what_is_no_number_is_background_outside_and_refused_inside():
     assert (out["image"].as_tensor()[out["brain_mask"] == 0] == 0).all()
     scan[24, 26, 22] = np.inf
     mask = meta(ellipsoid(scan.shape, (18, 22, 17)), AFFINE)
-    with pytest.raises(InputError, match="1 brain voxels are not finite"):
+    filled = BrainMaskd()({"image": meta(scan, AFFINE), "brain_mask": mask})
+    assert float(filled["image"][0, 24, 26, 22]) in scan[23:26, 25:28, 21:24].astype(np.float32)
+    assert filled["flags"] == "1 brain voxels were not finite; filled from their neighbours"
+    scan[20:30, 20:30, 22] = -np.inf
+    with pytest.raises(InputError, match="100 brain voxels are not finite"):
         BrainMaskd()({"image": meta(scan, AFFINE), "brain_mask": mask})
+
+
+def test_an_inverted_mask_is_refused():
+    mask = 1 - ellipsoid((48, 52, 44), (18, 22, 17))
+    with pytest.raises(InputError, match="is it inverted"):
+        BrainMaskd()({"image": meta(head(), AFFINE), "brain_mask": meta(mask, AFFINE)})
+    cropped = {"image": meta(head()[6:-6, 6:-6, 6:-6]), "brain_mask": meta(mask[6:-6, 6:-6, 6:-6])}  # a small volume
+    with pytest.raises(InputError, match="is it inverted"):
+        BrainMaskd()(cropped)
 
 
 def test_empty_mask_is_refused():

@@ -53,7 +53,7 @@ def broken_files(folder):
 def test_broken_files_are_named(tmp_path, name):
     for file, content in broken_files(tmp_path).items():
         (tmp_path / file).write_bytes(content)
-    with pytest.raises(InputError, match=rf"{name}: cannot be read"):
+    with pytest.raises(InputError, match=rf"{name}: (cannot be read|its header tells of 9x9x9 voxels)"):
         LoadScand("image")({"image": tmp_path / name})
 
 
