@@ -270,6 +270,8 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
         else:
             scans[base] = {"image": str(file)}
     for base, key, file in companions:
+        if base not in scans:
+            raise InputError(f"{file}: its name says that it belongs to {Path(base).name}, which is no scan; rename it")
         scans[base].setdefault(key, str(file))
     found = [*scans.values(), *({"image": str(s.resolve())} for s in series)]
     if not found:

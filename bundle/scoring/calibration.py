@@ -8,6 +8,7 @@ how many spreads a scan lies above it. The same scans, each judged by the others
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
+from nibabel.filebasedimages import ImageFileError
 from scipy import ndimage
 
 from bundle.command_line import record_run
@@ -409,7 +411,7 @@ def load_calibration(
             quantiles.pop("fusion", None)
         sigma = float(content["filter_sigma"])
         return Calibration(content["contrast"], mean, spread, quantiles, sigma, about, fusion)
-    except (KeyError, TypeError, IndexError, OSError, nib.filebasedimages.ImageFileError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OSError, EOFError, zlib.error, ImageFileError) as error:
         raise InputError(f"{path}: damaged calibration ({error!r}); run the calibration again") from error
 
 

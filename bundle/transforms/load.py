@@ -101,6 +101,8 @@ def check_header(file: str) -> str:
     forms = [f for f in (_form(header, "sform"), _form(header, "qform")) if f is not None]
     if not forms:
         raise InputError(f"{file}: its header has no orientation (sform and qform are not set); set one")
+    if not _usable(forms[0]):  # MONAI's reader would make one up
+        raise InputError(f"{file}: its header has no usable orientation (affine); repair it")
     if len(forms) == 2 and all(_usable(f) for f in forms):
         if np.linalg.det(forms[0][:3, :3]) * np.linalg.det(forms[1][:3, :3]) < 0:
             raise InputError(f"{file}: sform and qform mirror each other, so left and right are unknown; set one right")
