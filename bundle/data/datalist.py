@@ -14,7 +14,7 @@ import torch
 
 from bundle.errors import InputError
 
-from .files import is_dicom, is_nifti, read_json, stem, write_volume
+from .files import is_dicom, is_nifti, is_there, read_json, stem, write_volume
 
 VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
 _KNOWN_KEYS = {*VOLUME_KEYS, "subject", "person", "contrast", "to_atlas", "ignored_labels", "source", "fusion_maps"}
@@ -82,7 +82,7 @@ def load_datalist(
             if not isinstance(item[key], str):
                 raise InputError(f"{where}: '{key}' must be one path")
             path = Path(dataset_dir) / item[key]
-            if not path.is_file():
+            if not is_there(path):
                 raise InputError(f"{path}: not found, but named as '{key}' by {where}")
             item[key] = str(path)
         if "to_atlas" in item:  # arrays pass a data loader whole, lists come out in pieces
@@ -137,7 +137,7 @@ def add_maps(items: list[dict[str, Any]], maps: Mapping[str, str]) -> list[dict[
         item = {key: value for key, value in item.items() if key != "fusion_maps"}
         for name, folder in maps.items():
             places = [Path(folder) / f"{item['name']}{ending}" for ending in (".nii.gz", ".nii")] if folder else []
-            found = next((p for p in ([Path(own[name])] if name in own else []) + places if p.is_file()), None)
+            found = next((p for p in ([Path(own[name])] if name in own else []) + places if is_there(p)), None)
             if found is None:
                 wanted = own.get(name) or (str(places[0]) if places else "'fusion_maps' of its item in datalist.json")
                 raise InputError(f"{item['image']}: its map '{name}' is not there ({wanted})")

@@ -164,6 +164,14 @@ def nifti_header(path: str | Path) -> nib.Nifti1Header | None:
     return image.header if isinstance(image, nib.Nifti1Image) else None
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether there is such a file; no name is too long or too strange to be asked for."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def is_nifti(path: str | Path) -> bool:
     return str(path).lower().endswith(_SUFFIXES)
 

@@ -122,7 +122,11 @@ def _form(header: Any, which: str) -> np.ndarray | None:
 
 
 def _usable(affine: np.ndarray) -> bool:
-    return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine)) >= 1e-9)
+    """Whether an affine has three directions, and voxels between a micrometre and a metre."""
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-9:
+        return False
+    voxel = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(((voxel > 1e-3) & (voxel < 1e3)).all() and np.isfinite(nib.io_orientation(affine)).all())
 
 
 def _check(image: MetaTensor, file: str) -> MetaTensor:

@@ -1,0 +1,141 @@
+"""Runs that are killed at random moments end, started again, as if nobody had touched them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT, run_bundle, write_nifti
+
+KILLS = int(os.environ.get("KILLS", "2"))  # per kind of run; `make faults` takes ten
+
+
+def start(run_id, config, grid_file, *overrides):
+    files = str([str(ROOT / f"configs/{config}.json"), str(grid_file)])
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", files, *map(str, overrides)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def finish_after_kills(folder, seconds, *command):
+    """Run, kill after a random part of ``seconds`` from the first sign of life in ``folder``, `KILLS` times; then run
+    to the end. Returns the number of kills that met a running process.
+    """
+    random.seed(len(command[0]))
+    met = 0
+    for _ in range(KILLS):
+        process = start(*command)
+        there = set(folder.rglob("*")) if folder.exists() else set()
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if folder.exists() and set(folder.rglob("*")) - there:
+                break
+            time.sleep(0.05)
+        time.sleep(random.random() * seconds)
+        met += process.poll() is None
+        process.kill()
+        process.wait()
+    print(f"{met} of {KILLS} kills met a running {command[0]}")
+    result = run_bundle(*command)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return met
+
+
+def contents(folder, leave_out=()):
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in leave_out)
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def test_a_training_that_is_killed_ends_with_the_same_weights(cohort, grid_file, tmp_path):
+    use = ("--dataset_dir", cohort, "--max_epochs", 40, "--val_interval", 2, "--resume", "auto", "--ckpt_dir")
+    whole = run_bundle("training", "train", grid_file, *use, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert finish_after_kills(tmp_path / "cut", 4, "training", "train", grid_file, *use, tmp_path / "cut") > 0
+    names = [f"checkpoints/model_epoch={n}.pt" for n in (36, 38, 40)]
+    ends = [torch.load(tmp_path / run / names[-1], weights_only=True) for run in ("whole", "cut")]
+    for key, value in ends[0]["network"].items():
+        assert torch.equal(value, ends[1]["network"][key]), key
+    assert ends[0]["best"] == ends[1]["best"] and ends[0]["lr_scheduler"] == ends[1]["lr_scheduler"]
+    for folder in ("whole", "cut"):
+        assert set(contents(tmp_path / folder)) == {"model.pt", "run.json", *names}
+    assert (tmp_path / "whole/model.pt").read_bytes() == (tmp_path / "cut/model.pt").read_bytes()
+
+
+def test_an_inference_that_is_killed_leaves_the_same_files(cohort, grid_file, tmp_path):
+    item = json.loads((cohort / "datalist.json").read_text())["test"][0]
+    image = nib.load(cohort / item["image"])
+    for number in range(6):
+        voxels = image.get_fdata() * (1 + 0.01 * number * (np.arange(image.shape[2]) % 3))
+        write_nifti(tmp_path / f"scans/{number}.nii.gz", voxels, image.affine)
+    models = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path / "models")
+    assert run_bundle("training", "train", grid_file, *models, "--max_epochs", 1).returncode == 0
+    assert run_bundle("calibration", "calibrate", grid_file, *models).returncode == 0
+    use = (
+        "--dataset_dir",
+        tmp_path / "scans",
+        "--ckpt_dir",
+        tmp_path / "models",
+        "--alignment",
+        "none",
+        "--output_dir",
+    )
+    assert run_bundle("inference", "inference", grid_file, *use, tmp_path / "whole").returncode == 0
+    assert finish_after_kills(tmp_path / "cut", 3, "inference", "inference", grid_file, *use, tmp_path / "cut") > 0
+    own = ("summary.csv", "run.json")  # seconds, and the name of the output folder
+    assert contents(tmp_path / "cut", own) == contents(tmp_path / "whole", own)
+    tables = []
+    for run in ("whole", "cut"):
+        with (tmp_path / run / "summary.csv").open() as table:
+            tables.append(sorted(tuple(v for k, v in row.items() if k != "seconds") for row in csv.DictReader(table)))
+    assert tables[0] == tables[1] and len(tables[0]) == 6
+
+
+def test_a_preparation_that_is_killed_leaves_the_same_files(cohort, grid_file, tmp_path):
+    lists = json.loads((cohort / "datalist.json").read_text())
+    for item in lists["training"]:
+        image = nib.load(cohort / item["image"])
+        write_nifti(tmp_path / f"raw/{item['subject']}.nii.gz", image.get_fdata(), image.affine)
+    use = ("--source_dir", tmp_path / "raw", "--dataset", "folder", "--bias_field", "none", "--dataset_dir")
+    recipe = tmp_path / "datasets/folder.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text("images: {t1: '{subject}.nii.gz'}\nalignment: none\nsplits: {training: rest}\n")
+    use = ("--recipe#folder", recipe.parent, *use)
+    whole = run_bundle("preparation", "prepare", grid_file, *use, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    assert finish_after_kills(tmp_path / "cut", 3, "preparation", "prepare", grid_file, *use, tmp_path / "cut") > 0
+    assert contents(tmp_path / "cut", ("run.json",)) == contents(tmp_path / "whole", ("run.json",))
+
+
+def test_a_loss_that_is_no_number_stops_the_training(cohort, grid_file, tmp_path):
+    use = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path, "--max_epochs", 6, "--val_interval", 1)
+    result = run_bundle("training", "train", grid_file, *use, "--learning_rate", 1e30)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-2000:]
+    told = result.stderr.splitlines()[-1]
+    names = [item["subject"] for item in json.loads((cohort / "datalist.json").read_text())["training"]]
+    assert "the loss became" in told and "at step" in told and "--resume auto" in told
+    assert all(name in told for name in names)
+    for file in tmp_path.rglob("*.pt"):
+        state = torch.load(file, weights_only=True)
+        weights = state.get("network", state)
+        assert all(bool(torch.isfinite(v.float()).all()) for v in weights.values())
+
+
+@pytest.mark.parametrize("run_id", ["training"])
+def test_the_same_seed_gives_the_same_weights(cohort, grid_file, tmp_path, run_id):
+    use = ("--dataset_dir", cohort, "--max_epochs", 2, "--val_interval", 1, "--ckpt_dir")
+    for run, seed in (("one", 3), ("two", 3), ("other", 4)):
+        result = run_bundle(run_id, "train", grid_file, *use, tmp_path / run, "--seed", seed)
+        assert result.returncode == 0, result.stderr[-2000:]
+    models = [(tmp_path / run / "model.pt").read_bytes() for run in ("one", "two", "other")]
+    assert models[0] == models[1] != models[2]
+    record = json.loads((tmp_path / "one/run.json").read_text())["training model"]
+    assert record["config"]["seed"] == 3 and record["config"]["max_epochs"] == 2
