@@ -1,0 +1,113 @@
+"""Load: many scans in one run, or one very large scan. Prints memory, open files and throughput.
+
+    python scripts/load.py --scans 200               # copies of a phantom on a coarse grid; workers 0 and 2
+    python scripts/load.py --volume 512 512 400      # peak memory of one whole head
+
+Linux only: memory and file handles are read from /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import yaml
+from nilearn.datasets import load_mni152_template
+from scipy import ndimage
+
+from bundle.data.phantom import make_cohort
+from bundle.networks import PatchLocator
+
+ROOT = Path(__file__).resolve().parents[1]
+GRID = {"spacing": 6.0, "spatial_size": [32, 32, 16], "patch_size": 8, "min_lesion_mm3": 0.0}
+
+
+def runner(run_id: str, config: str, *overrides: object) -> list[str]:
+    """Command line of MONAI's runner."""
+    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", config]
+    return [*command, *map(str, overrides)]
+
+
+def watch(command: list[str], summary: Path) -> tuple[np.ndarray, float, int]:
+    """Run it; returns rows of (scans done, memory MiB, open files), the seconds it took and its peak memory, MiB."""
+    begun, rows, peak = time.monotonic(), [], 0
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            resident, peak = (int(status.split(f"{key}:")[1].split()[0]) // 1024 for key in ("VmRSS", "VmHWM"))
+            files = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+            done = summary.read_text().count("\n") - 1 if summary.is_file() else 0
+            rows.append((done, resident, files))
+        except (OSError, IndexError):
+            pass  # it has just ended
+        time.sleep(0.5)
+    if process.returncode:
+        raise SystemExit(f"the run failed with {process.returncode}")
+    return np.array(rows), time.monotonic() - begun, peak
+
+
+def many(number: int, folder: Path) -> None:
+    """``number`` copies of a phantom, one run; without workers and with two."""
+    cohort, models = folder / "cohort", folder / "models"
+    make_cohort(cohort, {"calibration": 4, "test": 1}, 6.0, [32, 32, 16], (0.0, -17.0, 5.0), radii_mm=(14.0, 20.0))
+    models.mkdir()
+    torch.manual_seed(0)
+    torch.save(PatchLocator(patch_size=8).state_dict(), models / "model.pt")
+    (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
+    files = {name: f"['configs/{name}.json','{folder / 'grid.yaml'}']" for name in ("calibrate", "inference")}
+    use = ("--ckpt_dir", models, "--dataset_dir")
+    subprocess.run(runner("calibration", files["calibrate"], *use, cohort), cwd=ROOT, check=True, capture_output=True)
+    (item,) = json.loads((cohort / "datalist.json").read_text())["test"]
+    (folder / "scans").mkdir()
+    for k in range(number):
+        shutil.copy(cohort / item["image"], folder / f"scans/{k:04d}.nii.gz")
+    for workers in (0, 2):
+        out = folder / f"out{workers}"
+        options = ("--output_dir", out, "--alignment", "none", "--dataloader#num_workers", workers)
+        command = runner("inference", files["inference"], *use, folder / "scans", *options)
+        rows, seconds, peak = watch(command, out / "summary.csv")
+        late = rows[rows[:, 0] >= number // 5]  # caches are full by then
+        slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
+        print(
+            f"{number} scans, {workers} workers: {seconds:.0f} s ({number / seconds:.1f} scans a second), peak {peak} "
+            f"MiB, memory {slope:+.3f} MiB a scan, open files {late[:, 2].min()} to {late[:, 2].max()}"
+        )
+
+
+def large(shape: list[int], folder: Path) -> None:
+    """One whole head of ``shape`` voxels through the shipped weights."""
+    template = load_mni152_template(resolution=1)
+    array = ndimage.zoom(np.asarray(template.dataobj, np.float32), np.divide(shape, template.shape), order=1)
+    affine = template.affine @ np.diag([*np.divide(template.shape, array.shape), 1.0])
+    head = np.clip(array, 0, None) * 1000 + np.random.default_rng(0).integers(1, 20, array.shape, dtype=np.int16)
+    nib.save(nib.Nifti1Image(head.astype(np.int16), affine), folder / "large.nii.gz")
+    del array, head
+    command = runner(
+        *("inference", "configs/inference.json", "--dataset_dir", folder / "large.nii.gz"),
+        *("--output_dir", folder / "out", "--alignment", "affine"),
+    )
+    _, seconds, peak = watch(command, folder / "out/summary.csv")
+    print(f"{'x'.join(map(str, shape))} voxels: {seconds:.0f} s, peak {peak} MiB")
+    print((folder / "out/summary.csv").read_text().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scans", type=int, default=0)
+    parser.add_argument("--volume", type=int, nargs=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        if arguments.scans:
+            many(arguments.scans, Path(temporary))
+        if arguments.volume:
+            large(arguments.volume, Path(temporary))
