@@ -158,3 +158,33 @@ def test_autocast_trains_in_bfloat16_on_the_cpu_too():
     torch.testing.assert_close(rounded.float(), plain, atol=0.1, rtol=0.1)
     rounded.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+
+
+class LittleMemory:
+    """A network on a GPU that holds so many voxels; 0 holds none, until it is moved to the CPU."""
+
+    def __init__(self, network, voxels):
+        self.network, self.voxels, self.calls = network, voxels, []
+
+    def __call__(self, image):
+        self.calls.append(image[:, 0].numel())
+        if self.voxels is not None and image[:, 0].numel() > self.voxels:
+            raise torch.cuda.OutOfMemoryError
+        return self.network(image)
+
+    def cpu(self):
+        self.voxels = None
+        return self
+
+    def to(self, device):
+        return self
+
+
+@pytest.mark.parametrize(("voxels", "told"), [(3000, "chunks of 2048 patches"), (0, "done on the CPU")])
+def test_memory_that_runs_out_gives_the_same_answer_in_smaller_chunks(network, volume, voxels, told):
+    infer = PatchLocationInferer(P)
+    expected = infer(volume[None, None], network)
+    little = LittleMemory(network, voxels)
+    with pytest.warns(UserWarning, match=told):
+        torch.testing.assert_close(infer(volume[None, None], little), expected, atol=1e-5, rtol=1e-5)
+    assert little.calls[0] > voxels and len(little.calls) > 1

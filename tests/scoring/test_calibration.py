@@ -1,13 +1,15 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from scipy import ndimage
 
 from bundle.errors import InputError
-from bundle.scoring import SCORES, fit_calibration, load_calibration, save_calibration
+from bundle.scoring import SCORES, CheckLikenessd, fit_calibration, load_calibration, save_calibration
 from bundle.scoring.calibration import _median, model_hash, population_maps, within_scan
 from tests.conftest import ellipsoid
 
@@ -182,3 +184,13 @@ def test_too_few_scans_and_unknown_contrasts_are_refused(healthy):
         fit_calibration(channels[:2], images[:2], "t1", 2.0)
     with pytest.raises(InputError, match="pd"):
         fit_calibration(channels, images, "pd", 2.0)
+
+
+def test_what_is_unlike_healthy_people_is_flagged(healthy, calibration):
+    file = SimpleNamespace(load=lambda: calibration)
+    check = CheckLikenessd("image", file, atlas="another")  # tissues are looked for in the default atlas only
+    image = healthy[1][0]
+    assert "flags" not in check({"image": MetaTensor(image)})
+    strange = torch.where(image > 0, image + 2 * (torch.rand(image.shape) < 0.5), 0.0)
+    assert check({"image": MetaTensor(strange), "flags": "a"})["flags"].startswith("a; ")
+    assert "of its brain is unlike healthy t1 scans" in check({"image": MetaTensor(strange)})["flags"]
