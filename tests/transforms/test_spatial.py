@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from monai.networks.layers import GaussianFilter
 from monai.transforms import Compose, Invertd
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -8,6 +9,7 @@ from scipy.spatial.transform import Rotation
 from bundle.data import grid_affine
 from bundle.errors import InputError
 from bundle.transforms import FillOutsided, KeepVolumed, MaskOutsided, ResampleToGrid, ResampleToGridd
+from bundle.transforms.spatial import smooth
 from tests.conftest import CENTER, ellipsoid, meta
 
 
@@ -34,6 +36,15 @@ def test_resampling_agrees_with_scipy():
     assert core.sum() > 500
     np.testing.assert_allclose(out[0].numpy()[core], expected[core], atol=2e-4)
     np.testing.assert_allclose(out.affine.numpy(), grid_affine(2.0, (20, 22, 18), CENTER), atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma", [(0.7, 1.3, 0.0), (3.0, 0.2, 0.5)])
+def test_blur_agrees_with_monai(sigma):
+    volume = torch.as_tensor(np.random.standard_normal((2, 9, 12, 7)), dtype=torch.float32)
+    expected = GaussianFilter(3, list(sigma))(volume[:, None])[:, 0]
+    torch.testing.assert_close(smooth(volume, sigma), expected, atol=1e-6, rtol=0)
+    whole = (volume * 10).to(torch.int16)
+    assert smooth(whole, sigma).dtype == torch.float32 and whole.dtype == torch.int16
 
 
 def test_coarse_sampling_averages_instead_of_picking():
