@@ -15,13 +15,19 @@ MODELS ?= models
 OUT ?= out
 RUN := $(BIN)/python -m monai.bundle run
 
-.PHONY: demo test lint format env clean infer train evaluate package serve test-label label-app
+.PHONY: demo test coverage lint format env clean infer train evaluate package serve test-label label-app
 
 demo: env
 	$(BIN)/python scripts/demo.py --output_dir demo
 
 test: $(VENV)/tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# lines and branches of bundle/ that the tests run, those of the runner's own processes included
+coverage: $(VENV)/tools
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --show-missing --skip-covered
 
 infer: env
 	$(RUN) inference --config_file configs/inference.json --dataset_dir "$(SCAN)" --contrast $(CONTRAST) --output_dir "$(OUT)"
