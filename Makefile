@@ -14,6 +14,8 @@ CONTRAST ?= t1
 MODELS ?= models
 OUT ?= out
 RUN := $(BIN)/python -m monai.bundle run
+# they reach the shell as they are, as "$$NAME": no name of a file is a command
+$(foreach name,SCAN DATA CONTRAST MODELS OUT STUDIES,$(eval override export $(name) := $$(value $(name))))
 
 .PHONY: demo test coverage lint format env clean infer train evaluate package serve test-label label-app
 
@@ -30,22 +32,22 @@ coverage: $(VENV)/tools
 	$(BIN)/coverage report --show-missing --skip-covered
 
 infer: env
-	$(RUN) inference --config_file configs/inference.json --dataset_dir "$(SCAN)" --contrast $(CONTRAST) --output_dir "$(OUT)"
+	$(RUN) inference --config_file configs/inference.json --dataset_dir "$$SCAN" --contrast "$$CONTRAST" --output_dir "$$OUT"
 
 train: env
-	$(RUN) training --config_file configs/train.json --dataset_dir "$(DATA)" --ckpt_dir "$(MODELS)" --contrast $(CONTRAST)
-	$(RUN) training --config_file configs/train_reconstruction.json --dataset_dir "$(DATA)" --ckpt_dir "$(MODELS)" --contrast $(CONTRAST)
-	$(RUN) calibration --config_file configs/calibrate.json --dataset_dir "$(DATA)" --ckpt_dir "$(MODELS)" --contrast $(CONTRAST)
+	$(RUN) training --config_file configs/train.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
+	$(RUN) training --config_file configs/train_reconstruction.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
+	$(RUN) calibration --config_file configs/calibrate.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 
 evaluate: env
-	$(RUN) evaluation --config_file configs/evaluate.json --dataset_dir "$(DATA)" --ckpt_dir "$(MODELS)" --contrast $(CONTRAST) --output_dir "$(OUT)"
+	$(RUN) evaluation --config_file configs/evaluate.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST" --output_dir "$$OUT"
 
 package: $(VENV)/tools
 	$(BIN)/python scripts/package_bundle.py --output_dir build
 
 # MONAI Label, in an environment of its own: docs/monai_label.md
 serve: label-app
-	PATH="$(CURDIR)/$(LABEL)/bin:$$PATH" monailabel start_server --app build/apps/monaibundle --studies "$(STUDIES)" \
+	PATH="$(CURDIR)/$(LABEL)/bin:$$PATH" monailabel start_server --app build/apps/monaibundle --studies "$$STUDIES" \
 	    --conf models patch2loc_brain_mri --conf zoo_source ngc --conf sam2 false
 
 label-app: package $(LABEL)/installed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,8 @@ from .files import is_dicom, is_nifti, is_there, read_json, stem, write_volume
 VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
 _KNOWN_KEYS = {*VOLUME_KEYS, "subject", "person", "contrast", "to_atlas", "ignored_labels", "source", "fusion_maps"}
 _KNOWN_KEYS |= {"atlas_overlap", "flags", "purpose", "volume_ml", "name"}
+_UNREAD = {".mgz", ".mgh", ".img", ".nrrd", ".nhdr", ".mha", ".mhd"}
+_LONGEST_NAME = 150  # bytes; names of results are longer, and file systems take 255
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
 COMPANIONS = {"_brain_mask": "brain_mask", "_mask": "brain_mask", "_lesion": "label", "_seg": "label"}
 
@@ -190,7 +194,12 @@ def write_item(
         contrast: of the image.
         volumes: key -> ``[1, X, Y, Z]``, all on one grid.
         affine: of that grid.
+
+    Raises:
+        InputError: the name is a path.
     """
+    if Path(name).name != name:
+        raise InputError(f"subject '{name}': cannot be the name of a file")
     item: dict[str, Any] = {"subject": name, "contrast": contrast}
     for key, volume in volumes.items():
         item[key] = f"{key}s/{name}.nii.gz"
@@ -243,21 +252,39 @@ def list_scans(
     return items
 
 
+def _visible_files(folder: Path) -> list[Path]:
+    """Files in a folder and below, sorted, but hidden ones; links to folders are followed once, and links that lead
+    nowhere count as files.
+    """
+    found: list[Path] = []
+    visited: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file() or file.is_symlink())
+
+
 def _list_folder(folder: Path) -> list[dict[str, Any]]:
     files: dict[str, Path] = {}
     series: dict[Path, None] = {}
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if hidden or not file.is_file():
-            continue
+    unread: list[Path] = []
+    for file in _visible_files(folder):
         if not is_nifti(file):
-            if file.parent not in series and is_dicom(file):
+            if file.suffix.lower() in _UNREAD:
+                unread.append(file)
+            elif file.parent not in series and is_dicom(file):
                 series[file.parent] = None
             continue
         base = str(file.with_name(stem(file)))
         if base in files:
             raise InputError(f"{file}: beside {files[base].name}; keep one of the two")
         files[base] = file
+    if unread:
+        warnings.warn(f"{unread[0]}: not read, like {len(unread)} files of such formats; convert them to NIfTI")
     for base in [b for b in files if b.endswith("_heatmap")]:  # results of an earlier run are no scans
         del files[base]
         files.pop(base.removesuffix("_heatmap") + "_lesion", None)
@@ -282,7 +309,19 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
 def _named(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Give each item a unique ``name``: its file's, with folders in front as far as needed to tell scans apart."""
     for depth in range(1, 20):
-        names = ["_".join([*Path(i["image"]).parts[-depth:-1], stem(i["image"])]) for i in items]
+        names = [_printable("_".join([*Path(i["image"]).parts[-depth:-1], stem(i["image"])])) for i in items]
         if len(set(names)) == len(names):
             return [{**item, "name": name} for item, name in zip(items, names)]
     raise InputError(f"{items[0]['image']}: named twice in one dataset")
+
+
+def _printable(name: str) -> str:
+    """A name that can be written to a table and be a part of a file's: bytes that are no UTF-8, as of old archives, are
+    replaced, and what is too long is cut and told apart by a hash.
+    """
+    raw = os.fsencode(name)
+    digest = hashlib.sha256(raw).hexdigest()[:8]
+    text = raw.decode("utf-8", "replace")
+    if len(text.encode()) > _LONGEST_NAME:
+        text = text.encode()[:_LONGEST_NAME].decode("utf-8", "ignore")
+    return text if text.encode() == raw else f"{text}_{digest}"

@@ -24,7 +24,7 @@ _SUFFIXES = (".nii.gz", ".nii")
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` (same suffixes); on success it is synced and becomes ``path``, on failure
+    """Yield a temporary path beside ``path`` (same ending); on success it is synced and becomes ``path``, on failure
     it goes.
 
     Raises:
@@ -33,7 +33,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + path.name, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".partial-", suffix="-" + path.name[-40:], dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise unwritable(path.parent, error) from error
@@ -77,7 +77,8 @@ _claims: list[FileLock] = []
 
 def claim_folder(folder: str | Path) -> None:
     """Make this process the only one that writes to ``folder`` until it ends, and remove what killed ones left half
-    done. Of several processes of one run, the first does it for all.
+    done; but not in a folder below in which another run may be. Of several processes of one run, the first does it for
+    all.
 
     Raises:
         InputError: another run is writing there, or the folder cannot be written to.
@@ -99,6 +100,8 @@ def claim_folder(folder: str | Path) -> None:
         raise unwritable(folder, error) from error
     _claims.append(lock)
     for left in [*folder.rglob(".partial-*"), *folder.rglob(".replaced-*")]:
+        if any((parent / ".lock").exists() for parent in left.parents if folder in parent.parents):
+            continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
@@ -159,9 +162,18 @@ def write_volume(path: str | Path, volume: Any, affine: Any, header: nib.Nifti1H
 
 
 def nifti_header(path: str | Path) -> nib.Nifti1Header | None:
-    """Header of a scan, for what answers to it; None where it has none (DICOM)."""
+    """Header of a scan, for what answers to it: units and codes, without texts and extensions, which may tell who it
+    is of. None where it has none (DICOM).
+    """
     image = None if Path(path).is_dir() else nib.load(path)
-    return image.header if isinstance(image, nib.Nifti1Image) else None
+    if not isinstance(image, nib.Nifti1Image):
+        return None
+    header = image.header.copy()
+    header.extensions.clear()
+    for text in ("descrip", "aux_file", "intent_name", "db_name"):
+        if text in header:
+            header[text] = b""
+    return header
 
 
 def is_there(path: str | Path) -> bool:

@@ -18,9 +18,18 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 import bundle
-from bundle.command_line import record_run
-from bundle.data.files import claim_folder, nifti_header, read_json, share, unwritable, write_text, write_volume
-from bundle.errors import InputError
+from bundle.command_line import impersonal, record_run
+from bundle.data.files import (
+    claim_folder,
+    is_there,
+    nifti_header,
+    read_json,
+    share,
+    unwritable,
+    write_text,
+    write_volume,
+)
+from bundle.errors import InputError, explain
 from bundle.parallel import gather, is_main
 from bundle.scoring import CalibrationFile, FindLesionsd
 
@@ -39,12 +48,14 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str
 
 
 def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict[str, Any]:
-    """What makes the results of a scan: settings, models and version, as they are kept in ``run.json``."""
+    """What makes the results of a scan: settings, models, atlas and version, as they are kept in ``run.json``."""
     known = calibration.load()
     hashes = {k: known.provenance.get(k) for k in ("model_sha256", "reconstruction_sha256")}
     hashes["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
+    if settings.get("atlas") and is_there(settings["atlas"]):
+        hashes["atlas_sha256"] = hashlib.sha256(Path(settings["atlas"]).read_bytes()).hexdigest()
     facts = {**settings, **hashes, "fusion": str(known.fusion), "bundle": bundle.__version__}
-    return json.loads(json.dumps(facts))
+    return json.loads(impersonal(json.dumps(facts)))
 
 
 def calibration_files(calibration: CalibrationFile) -> list[str | Path]:
@@ -72,31 +83,37 @@ def finished_scans(
     """Rows of ``summary.csv`` by name, of the scans whose results a run with the same settings has left in
     ``output_dir``, and which have not changed since. Nothing with ``overwrite``.
     """
-    folder = Path(output_dir)
-    if overwrite or not scans or not (folder / "run.json").is_file() or not (folder / "summary.csv").is_file():
+    if overwrite or not scans:
         return {}
+    rows, known = _earlier_results(Path(output_dir), run_facts(settings, calibration))
+    names = [scan["name"] for scan in scans if known.get(scan["name"]) == _scan_facts(scan)]
+    return {name: rows[name] for name in names if name in rows}
+
+
+def _earlier_results(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Of the scans whose results lie in ``folder`` and are of the same ``facts`` (`run_facts`): rows of ``summary.csv``
+    by name, and facts of their files by name.
+    """
+    if not (folder / "run.json").is_file() or not (folder / "summary.csv").is_file():
+        return {}, {}
     record = read_json(folder / "run.json", "record of a run; remove it").get("inference", {})
-    if record.get("settings") != run_facts(settings, calibration):
-        return {}
+    if record.get("settings") != facts:
+        return {}, {}
     with (folder / "summary.csv").open(newline="") as table:
-        rows = {row["name"]: row for row in csv.DictReader(table) if is_done(row)}
-    finished = {}
-    for scan in scans:
-        name = scan["name"]
-        there = (folder / name / f"{name}_heatmap.nii.gz").is_file()
-        if name in rows and there and record.get("scans", {}).get(name) == _scan_facts(scan):
-            finished[name] = rows[name]
-    return finished
+        rows = {row["name"]: row for row in csv.DictReader(table) if row.get("name") and is_done(row)}
+    there = {name: row for name, row in rows.items() if (folder / name / f"{name}_heatmap.nii.gz").is_file()}
+    return there, {name: known for name, known in record.get("scans", {}).items() if name in there}
 
 
 class SaveFindings:
-    """Handler: write every scan's results, and ``summary.csv`` with one row each, finished ones of an earlier run
-    included.
+    """Handler: write every scan's results, and ``summary.csv`` with one row each, those of earlier runs into the same
+    folder with the same settings included.
 
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
     (float32), ``NAME_lesion.nii.gz`` (uint8), both on the input's grid, and ``NAME_report.png``. The ``status`` of its
-    row is "ok", "flagged: DOUBTS" or "failed: REASON". When all scans are
-    done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them.
+    row is "ok", "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans
+    are done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that
+    holds anything else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
 
     Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label`` on the atlas grid,
     ``heatmap_atlas`` and ``lesion_atlas`` there too, ``heatmap`` and ``lesion`` back on the input's grid, and
@@ -123,6 +140,7 @@ class SaveFindings:
         self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
         self.settings, self.scans, self.finished = settings or {}, scans, finished or {}
         self.rows: list[dict[str, Any]] = []
+        self.others: list[dict[str, Any]] = []
         self.begun = self.started = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
@@ -135,15 +153,23 @@ class SaveFindings:
         self.rows, self.begun = [], time.monotonic()
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
         self.find_lesions.threshold()
+        for scan in self.scans:
+            _require_ours(self.output_dir / scan["name"])
         claim_folder(self.output_dir)
         if is_main():
-            write_table(self.output_dir / "summary.csv", list(self.finished.values()), COLUMNS)
             facts = run_facts(self.settings, self.find_lesions.calibration)
             scans = {scan["name"]: _scan_facts(scan) for scan in self.scans}
+            rows, known = _earlier_results(self.output_dir, facts)
+            self.others = [row for name, row in rows.items() if name not in scans]
+            scans = {**{name: known[name] for name in known if name not in scans}, **scans}
+            self._write_table(list(self.finished.values()))
             files = calibration_files(self.find_lesions.calibration)
             record_run(self.output_dir, "inference", files, settings=facts, scans=scans)
             for name in self.finished:
                 print(f"{name}: done before, with the same settings")
+
+    def _write_table(self, rows: list[dict[str, Any]]) -> None:
+        write_table(self.output_dir / "summary.csv", [*self.others, *rows], COLUMNS)
 
     def start_clock(self, engine: Engine) -> None:
         self.started = time.monotonic()
@@ -158,12 +184,20 @@ class SaveFindings:
                 status = f"flagged: {data['flags']}" if data.get("flags") else "ok"
                 try:
                     row.update(self._write_scan(name, data), status=status)
+                except InputError:
+                    raise
                 except OSError as error:  # the next scan would fare no better
                     raise unwritable(self.output_dir / name, error) from error
+                except Exception as error:  # a picture of it cannot be drawn, or what else there may be
+                    failure = explain(error)
+                    row = {"name": name, "status": f"failed: {failure}"}
+            if failure and (self.output_dir / name).is_dir():
+                _require_ours(self.output_dir / name)
+                shutil.rmtree(self.output_dir / name)
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
             if is_main():
-                write_table(self.output_dir / "summary.csv", [*self.finished.values(), *self.rows], COLUMNS)
+                self._write_table([*self.finished.values(), *self.rows])
             told = row["status"] if failure else f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml"
             told += "" if failure or row["status"] == "ok" else f", {row['status']}"
             done = len(self.rows)
@@ -212,7 +246,7 @@ class SaveFindings:
         failed = [r for r in self.rows if not is_done(r)]
         if not is_main():  # one process tells it all
             return
-        write_table(self.output_dir / "summary.csv", self.rows, COLUMNS)
+        self._write_table(self.rows)
         widths = [max(len(str(r.get(c, ""))) for r in (*self.rows, dict(zip(COLUMNS, COLUMNS)))) for c in COLUMNS]
         for row in (dict(zip(COLUMNS, COLUMNS)), *self.rows):
             print("  ".join(str(row.get(c, "")).ljust(w) for c, w in zip(COLUMNS, widths)).rstrip())
@@ -231,8 +265,20 @@ def as_list(batch: Any) -> list[dict[str, Any]]:
     return batch if isinstance(batch, list) else [batch]
 
 
+def _require_ours(folder: Path) -> None:
+    """Raises: InputError: what is there is not the results of a scan."""
+    results = {f"{folder.name}_{what}" for what in ("heatmap.nii.gz", "lesion.nii.gz", "report.png")}
+    if folder.exists() and not (
+        folder.is_dir() and all(f.name in results or f.name.startswith(".") for f in folder.iterdir())
+    ):
+        raise InputError(
+            f"{folder}: would be replaced by results, but holds files that are none; choose another output folder"
+        )
+
+
 def _replace_folder(new: Path, old: Path) -> None:
     """Put folder ``new`` in the place of ``old``, which is moved away first: a rename cannot replace a full folder."""
+    _require_ours(old)
     if old.exists():
         away = Path(tempfile.mkdtemp(prefix=".replaced-", dir=old.parent))
         old.replace(away / old.name)

@@ -13,23 +13,38 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import InvertibleTransform, MapTransform
+from scipy.linalg import polar
 
 from bundle.data.atlas import LPS, Atlas, atlas_overlap, load_atlas, to_sitk
 from bundle.errors import InputError, flag
+
+from .brain import mask_volume_ml
 
 # overlap of its brain with the atlas' above which a scan is taken to be aligned; registered ones reach 0.955 and more
 _ALREADY_ALIGNED = 0.95
 # below the one, what lies there is no whole brain; below the other, somebody should look
 _LEAST_OVERLAP, _USUAL_OVERLAP = 0.8, 0.92
+_USUAL_BRAIN_ML = (800.0, 1900.0)  # those of 150 adults (IXI) have 920 to 1500
 
 # Heads lie tilted in the scanner. From a start that is 25 degrees off about any one axis, 30 degrees are found again.
+# Where a header is wrong, they lie back to front or upside down: by half a turn about one axis.
 _START_DEGREES = 25.0
-_STARTS = [np.zeros(3), *(s * np.deg2rad(_START_DEGREES) * axis for axis in np.eye(3) for s in (-1.0, 1.0))]
+_TILTS = [np.zeros(3), *(s * np.deg2rad(_START_DEGREES) * axis for axis in np.eye(3) for s in (-1.0, 1.0))]
+_HALF_TURNS = [np.diag(signs) for signs in ((1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0))]
+_STARTS = [*((np.eye(3), tilt) for tilt in _TILTS), *((turn, np.zeros(3)) for turn in _HALF_TURNS)]
 
 
 def _shrunken(image: sitk.Image, voxel_mm: float) -> sitk.Image:
     """Average whole voxels until they are nearly ``voxel_mm``."""
     return sitk.BinShrink(image, [max(1, int(voxel_mm / s)) for s in image.GetSpacing()])
+
+
+def _turned(image: sitk.Image, turn: np.ndarray, center: np.ndarray) -> sitk.Image:
+    """``image`` turned by ``turn`` about ``center``; its voxels stay as they are."""
+    turned = sitk.Image(image)
+    turned.SetDirection((turn @ np.reshape(image.GetDirection(), (3, 3))).ravel().tolist())
+    turned.SetOrigin((center + turn @ (np.array(image.GetOrigin()) - center)).tolist())
+    return turned
 
 
 def _centroid(mask: sitk.Image) -> np.ndarray:
@@ -85,8 +100,8 @@ def _one_itk_thread() -> Iterator[None]:
 def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, seed: int = 0) -> np.ndarray:
     """Affine registration, brain to brain, by Mattes mutual information, which any contrast shares with the template.
 
-    From the masks' centres and seven rotations, similarity transforms are fitted to coarse images; the best goes on as
-    an affine one in three resolutions.
+    From the masks' centres and ten rotations, similarity transforms are fitted to coarse images; the best goes on as
+    an affine one in three resolutions. A scan that lies back to front or upside down is turned.
 
     Args:
         image: scan ``[1, X, Y, Z]``, any contrast, any affine.
@@ -105,37 +120,40 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
     brain = MetaTensor(torch.where(inside, image.as_tensor(), 0.0), affine=image.affine)
     moving, moving_mask = to_sitk(brain), to_sitk(brain_mask, np.uint8)
     coarse, fine = _shrunken(moving, 4.0), _shrunken(moving, 2.0)
-    center, shift = _centroid(fixed_mask), _centroid(moving_mask) - _centroid(fixed_mask)
+    center, middle = _centroid(fixed_mask), _centroid(moving_mask)
     # brain and a rim around it: the outline of the brain is the strongest guide an affine transform has
     rim = [max(1, round(9.0 / s)) for s in fixed.GetSpacing()]
     fixed_mask = sitk.BinaryDilate(fixed_mask, rim)
 
-    def fit(rotation: np.ndarray) -> tuple[float, sitk.Similarity3DTransform] | InputError:
-        turned = sitk.Euler3DTransform(center.tolist(), *rotation.tolist(), shift.tolist())
+    def fit(turn: np.ndarray, tilt: np.ndarray) -> tuple[float, sitk.Similarity3DTransform, np.ndarray] | InputError:
+        tilted = sitk.Euler3DTransform(center.tolist(), *tilt.tolist(), (middle - center).tolist())
         start = sitk.Similarity3DTransform()
         start.SetCenter(center.tolist())
-        start.SetMatrix(turned.GetMatrix())
-        start.SetTranslation(shift.tolist())
+        start.SetMatrix(tilted.GetMatrix())
+        start.SetTranslation((middle - center).tolist())
+        # the scan is turned, and not the transform: a versor of half a turn lies at the edge of what it can say
+        scan = _turned(coarse, turn, middle)
         try:
-            return _optimise(fixed, fixed_mask, coarse, start, [8.0], [1.0], 40, seed), start
+            return _optimise(fixed, fixed_mask, scan, start, [8.0], [1.0], 40, seed), start, turn
         except InputError as error:  # one start may fall off the brain; all of them may not
             return error
 
     with _one_itk_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        tried = list(pool.map(fit, _STARTS))
+        tried = list(pool.map(lambda start: fit(*start), _STARTS))
         fitted = [t for t in tried if not isinstance(t, InputError)]
         if not fitted:
             raise next(t for t in tried if isinstance(t, InputError))
-        best = min(fitted, key=lambda f: f[0])[1]
+        _, best, turn = min(fitted, key=lambda f: f[0])
         found = sitk.AffineTransform(3)
         found.SetCenter(best.GetCenter())
         found.SetMatrix(best.GetMatrix())
         found.SetTranslation(best.GetTranslation())
-        _optimise(fixed, fixed_mask, fine, found, [8.0, 4.0, 2.0], [0.5, 0.3, 0.2], 150, seed)
-    atlas_to_scan = np.eye(4)
+        _optimise(fixed, fixed_mask, _turned(fine, turn, middle), found, [8.0, 4.0, 2.0], [0.5, 0.3, 0.2], 150, seed)
+    atlas_to_scan, back = np.eye(4), np.eye(4)
     matrix, c = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
     atlas_to_scan[:3, :3], atlas_to_scan[:3, 3] = matrix, np.array(found.GetTranslation()) + c - matrix @ c
-    return np.linalg.inv(LPS @ atlas_to_scan @ LPS)
+    back[:3, :3], back[:3, 3] = turn, middle - turn @ middle  # half a turn undoes itself
+    return np.linalg.inv(LPS @ back @ atlas_to_scan @ LPS)
 
 
 class AlignToAtlasd(MapTransform, InvertibleTransform):
@@ -153,10 +171,12 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             (`atlas_overlap` of at least 0.95).
         atlas: template file, see `load_atlas`.
 
-    A scan whose brain, once registered, overlaps the atlas' by less than 0.92 (Dice; heads reach 0.955) is flagged.
+    Flagged are a brain that overlaps the atlas' by less than 0.92 (Dice; registered heads reach 0.955), one that had to
+    be turned by more than a right angle, and one of less than 800 or more than 1900 ml.
 
     Raises:
-        InputError: the overlap is below 0.8: half a head, something that is no head, or a failed registration.
+        InputError: after a registration, the overlap is below 0.8: half a head, or something that is no head; a failed
+            registration.
     """
 
     def __init__(
@@ -175,11 +195,9 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        scan_to_atlas = self._find(d)
-        if scan_to_atlas is None:
-            scan_to_atlas = np.eye(4)
-        else:
-            d = self._judge(d, scan_to_atlas)
+        found = self._find(d)
+        scan_to_atlas = np.eye(4) if found is None else found
+        d = self._judge(d, scan_to_atlas, least=0.0 if found is None else _LEAST_OVERLAP)
         for key in self.key_iterator(d):
             image = d[key].clone()
             scan_affine = image.affine.clone()
@@ -198,18 +216,26 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             return None
         return register_to_atlas(d[self.image_key], d[self.mask_key], atlas)
 
-    def _judge(self, d: Mapping[Hashable, Any], scan_to_atlas: np.ndarray) -> dict[Hashable, Any]:
-        """``d``, flagged if the brain that was registered does not lie well on the atlas'."""
+    def _judge(self, d: Mapping[Hashable, Any], scan_to_atlas: np.ndarray, least: float) -> dict[Hashable, Any]:
+        """``d``, flagged if its brain does not lie on the atlas as brains do; refused below ``least`` overlap."""
         mask = d[self.mask_key].clone()
+        volume_ml = mask_volume_ml(mask, mask)
         mask.affine = torch.as_tensor(scan_to_atlas) @ mask.affine
         overlap = atlas_overlap(mask, load_atlas(self.atlas))
-        if overlap < _LEAST_OVERLAP:
+        if overlap < least:
             name = d[self.image_key].meta.get("filename_or_obj", self.image_key)
             raise InputError(
                 f"{name}: its brain overlaps the atlas' by {overlap:.2f} only (Dice; heads reach 0.95); is it a whole "
                 "head, and does its header tell how it lies?"
             )
-        return flag(d, f"lies badly on the atlas (Dice {overlap:.2f})") if overlap < _USUAL_OVERLAP else dict(d)
+        judged = dict(d)
+        if overlap < _USUAL_OVERLAP:
+            judged = flag(judged, f"lies badly on the atlas (Dice {overlap:.2f})")
+        if np.trace(polar(scan_to_atlas[:3, :3])[0]) < 1:  # 1 + 2 cos(angle)
+            judged = flag(judged, "lies back to front or upside down by its header, and was turned; left may be right")
+        if not _USUAL_BRAIN_ML[0] <= volume_ml <= _USUAL_BRAIN_ML[1]:
+            judged = flag(judged, f"its brain has {volume_ml:.0f} ml, adults' 900 to 1500; is its voxel size right?")
+        return judged
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

@@ -22,9 +22,11 @@ def atlas():
 
 
 @pytest.mark.parametrize("contrast", [lambda x: x, lambda x: (1 - x) ** 2], ids=["like the atlas", "inverted"])
-@pytest.mark.parametrize("turned", [(0, 0, 12), (30, 0, 0), (0, -30, 0), (0, 0, 30)])
+@pytest.mark.parametrize(
+    "turned", [(0, 0, 12), (30, 0, 0), (0, -30, 0), (0, 0, 30), (180, 0, 0), (0, 190, 0), (0, 8, 172)]
+)
 def test_registration_finds_a_known_affine(contrast, turned):
-    """Any contrast, tilted by up to 30 degrees, shifted, stretched; error at the surface of the brain, mm."""
+    """Any contrast, tilted by up to 30 degrees or by half a turn, shifted, stretched; error at the surface, mm."""
     atlas = load_atlas()
     world = np.eye(4)
     world[:3, :3] = Rotation.from_euler("xyz", turned, degrees=True).as_matrix() @ np.diag([1.08, 0.94, 1.0])
@@ -56,6 +58,26 @@ def test_alignment_is_undone_exactly(atlas, monkeypatch):
     torch.testing.assert_close(moved["image"].affine, moved["brain_mask"].affine)
     assert atlas_overlap(moved["brain_mask"], atlas) > 0.97
     np.testing.assert_allclose(align.inverse(moved)["image"].affine.numpy(), affine)
+
+
+@pytest.mark.parametrize(
+    ("world", "method", "doubt"),
+    [
+        (np.eye(4), "affine", ""),
+        (np.diag([-1.0, 1, 1, 1]), "affine", ""),  # the brain is as good as symmetric: nobody can tell
+        (np.diag([1.0, -1, 1, 1]), "affine", "back to front or upside down"),
+        (np.diag([1.0, 1, -1, 1]), "auto", "back to front or upside down"),
+        (np.diag([0.75, 0.75, 0.75, 1]), "affine", "its brain has 7"),
+        (np.diag([1.0, 1, 0.4, 1]), "affine", "is its voxel size right"),
+        (np.eye(4) + np.eye(4, k=3) * 40, "none", "lies badly on the atlas"),
+    ],
+)
+def test_a_header_that_cannot_be_right_is_flagged(atlas, monkeypatch, world, method, doubt):
+    monkeypatch.setattr("bundle.transforms.alignment.load_atlas", lambda *_: atlas)
+    affine = world @ atlas.template.affine.numpy()
+    data = {"image": meta(atlas.template[0], affine), "brain_mask": meta(atlas.brain_mask[0], affine)}
+    flags = AlignToAtlasd(["image", "brain_mask"], method=method)(data).get("flags", "")
+    assert doubt in flags and bool(doubt) == bool(flags)
 
 
 def test_auto_leaves_what_is_aligned(atlas, monkeypatch):
