@@ -32,21 +32,31 @@ from bundle.parallel import is_main
 # of the runner itself, and of its experiment tracking
 _RUNNER = {*inspect.signature(runner).parameters, "workflow_name", "workflow_type"}
 _RUNNER |= {"tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0"}
+_TEXTS = {"brain_mask", "atlas", "contrast", "section", "dataset", "bundle_root"}  # and every path
 
 
-def runner_arguments(words: Sequence[str]) -> dict[str, Any]:
-    """``--name value`` and ``--name=value`` of a command line, read as MONAI's runner (python-fire) reads them."""
-    given: dict[str, Any] = {}
+def raw_arguments(words: Sequence[str]) -> dict[str, str | None]:
+    """``--name value`` and ``--name=value`` of a command line, as they were typed; None for a name without a value."""
+    given: dict[str, str | None] = {}
     words = list(words)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             continue
         name, equals, value = word[2:].partition("=")
-        if not equals:
-            value = words.pop(0) if words and not words[0].startswith("--") else "True"
-        given[name.replace("-", "_")] = DefaultParseValue(value)
+        typed = value if equals else words.pop(0) if words and not words[0].startswith("--") else None
+        given[name.replace("-", "_")] = typed
     return given
+
+
+def runner_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """The same, read as MONAI's runner (python-fire) reads them: as Python where that is possible."""
+    return {name: DefaultParseValue("True" if typed is None else typed) for name, typed in raw_arguments(words).items()}
+
+
+def _typed_words() -> list[str]:
+    """Words of this process' command line, if it is MONAI's runner."""
+    return sys.argv[1:] if "monai" in Path(sys.argv[0]).parts and sys.argv[1:2] == ["run"] else []
 
 
 def configured(words: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -56,8 +66,7 @@ def configured(words: Sequence[str] | None = None) -> tuple[dict[str, Any], dict
     Args:
         words: of the command line; None takes those of this process.
     """
-    if words is None:
-        words = sys.argv[1:] if "monai" in Path(sys.argv[0]).parts and sys.argv[1:2] == ["run"] else []
+    words = _typed_words() if words is None else words
     given = runner_arguments(words)
     if isinstance(given.get("args_file"), str):
         given = {**ConfigParser.load_config_file(given["args_file"]), **given}
@@ -73,10 +82,14 @@ def check_overrides(words: Sequence[str] | None = None) -> None:
         words: see `configured`.
 
     Raises:
-        InputError: a value of another type than the one it takes the place of.
+        InputError: a value of another type than the one it takes the place of, a name without a value where there must
+            be one, or a path that the runner would read as something else.
     """
     config, overrides = configured(words)
+    raw = raw_arguments(_typed_words() if words is None else words)
     for name, value in overrides.items():
+        if name in raw:
+            _check_reading(name, value, raw[name])
         *path, last = name.split("#")
         place: Any = config
         for part in path:
@@ -94,6 +107,17 @@ def check_overrides(words: Sequence[str] | None = None) -> None:
 
 def _item(place: Any, index: str) -> Any:
     return place[int(index)] if isinstance(place, list) and index.isdigit() and int(index) < len(place) else None
+
+
+def _check_reading(name: str, value: Any, typed: str | None) -> None:
+    """Paths and names are text, whatever they look like: ``run#2`` is no ``run`` with a remark, ``a,b`` no two."""
+    is_text = name in _TEXTS or name.endswith(("_dir", "_path", "_file"))
+    if typed is None and is_text:
+        raise InputError(f"--{name}: needs a value")
+    if typed is None or not (is_text or isinstance(value, str)) or value is None:
+        return
+    if value != typed and f"'{value}'" != typed and f'"{value}"' != typed:
+        raise InputError(f"--{name} {typed}: would be read as {value!r}; write ./{typed} or \"'{typed}'\"")
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from collections.abc import Hashable, Mapping
@@ -71,6 +72,8 @@ def require_device(device: Any) -> None:
 
 def _one_line_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     known = find_input_error(error)
+    if isinstance(error, KeyboardInterrupt):
+        known = InputError("stopped; what is done is kept", exit_code=130)
     if known is None:
         traceback.print_exception(kind, error, trace)
     else:
@@ -81,9 +84,17 @@ def _one_line_hook(kind: type[BaseException], error: BaseException, trace: Trace
         raise SystemExit(known.exit_code)
 
 
+def _without_trace(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **kwargs)
+    if record.exc_info and find_input_error(record.exc_info[1]):
+        record.exc_info = None  # MONAI's handlers log what they pass on
+    return record
+
+
 def report_in_one_line() -> None:
-    """Make an uncaught `InputError` end the process with one line on stderr and its own exit code.
+    """Make an uncaught `InputError`, or Ctrl-C, end the process with one line on stderr and its own exit code.
 
     The configs call this in ``initialize``: ``python -m monai.bundle run`` has no other place for it.
     """
     sys.excepthook = _one_line_hook
+    logging.setLogRecordFactory(_without_trace)

@@ -77,8 +77,8 @@ def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | No
         known = ", ".join(sorted(f.stem for f in Path(folder).glob("*.yaml")))
         raise InputError(f"dataset '{name}' has no recipe {file}; there are: {known}")
     try:
-        content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: a recipe needs at least 'images'")
@@ -86,8 +86,9 @@ def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | No
         content["splits"] = splits
     unknown = set(content) - {f.name for f in fields(Recipe)}
     if unknown or not isinstance(content.get("images"), dict):
-        raise InputError(f"{file}: unknown entries {sorted(unknown)} or no 'images'")
+        raise InputError(f"{file}: unknown entries {sorted(map(str, unknown))} or no 'images'")
     recipe = Recipe(**content)
+    _check_types(recipe, file)
     for pattern in (p for patterns in recipe.images.values() for p in _patterns(patterns)):
         if "{subject}" not in str(pattern):
             raise InputError(f"{file}: pattern '{pattern}' has no {{subject}}")
@@ -100,6 +101,35 @@ def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | No
     if set(recipe.splits) - set(SECTIONS) or wrong or len(recipe.splits) - len(numbers) > 1:
         raise InputError(f"{file}: splits give {', '.join(SECTIONS)} a number of people each, one of them 'rest'")
     return recipe
+
+
+def _check_types(recipe: Recipe, file: Path) -> None:
+    def texts(given: Any) -> bool:
+        return isinstance(given, str) or (isinstance(given, list) and all(isinstance(g, str) for g in given))
+
+    def number(given: Any) -> bool:
+        return isinstance(given, (int, float)) and not isinstance(given, bool)
+
+    rules = {
+        "images": all(isinstance(c, str) and c == c.lower() and texts(p) for c, p in recipe.images.items()),
+        **{k: getattr(recipe, k) is None or texts(getattr(recipe, k)) for k in VOLUME_KEYS[1:]},
+        "close_mm": number(recipe.close_mm) and recipe.close_mm >= 0,
+        "alignment": recipe.alignment in ("affine", "none", "auto"),
+        "ignored_labels": isinstance(recipe.ignored_labels, list) and all(map(number, recipe.ignored_labels)),
+        "person": isinstance(recipe.person, str),
+        "splits": isinstance(recipe.splits, dict),
+    }
+    wanted = {
+        "images": "contrasts (in lower case) with a pattern or a list of patterns each",
+        "close_mm": "a number of mm",
+        "alignment": "'affine', 'auto' or 'none'",
+        "ignored_labels": "a list of numbers",
+        "person": "a regular expression",
+        "splits": f"numbers of people for some of {', '.join(SECTIONS)}",
+    }
+    for name, fits in rules.items():
+        if not fits:
+            raise InputError(f"{file}: '{name}' must be {wanted.get(name, 'a pattern or a list of patterns')}")
 
 
 def _patterns(given: str | list[str] | None) -> list[str]:
@@ -256,6 +286,20 @@ def _to_atlas(image: MetaTensor) -> np.ndarray:
     return np.array(next((matrix for matrix in steps if matrix is not None), np.eye(4)), float)
 
 
+def _require_own_list(folder: Path, source_dir: Path) -> None:
+    """Refuse to replace a list of scans that do not come from ``source_dir``."""
+    file = folder / "datalist.json"
+    if not file.is_file():
+        return
+    content = read_json(file, "list of a dataset; remove it")
+    for item in (i for items in content.values() for i in items):
+        made_from = (item.get("source") or {}).get("image", "")
+        if not made_from or not (folder / made_from).resolve().is_relative_to(source_dir.resolve()):
+            raise InputError(
+                f"{file}: lists scans that are not of {source_dir}; choose another --dataset_dir, or remove it"
+            )
+
+
 def _drop_duplicates(datalist: dict[str, list[dict[str, Any]]]) -> None:
     """Keep one of the scans that hold the same image under several names, as public lists do, and tell of the others:
     nobody is trained on and tested, or counted twice. Patients stay rather than what is trained on.
@@ -352,6 +396,7 @@ def prepare_cohort(
     section = split_people(recipe, (s["person"] for s in scans), seed)
     scans = [s for s in scans if s["person"] in section]
     claim_folder(folder)
+    _require_own_list(folder, Path(source_dir))
     if record:
         record(folder, "preparation")
     settings = {**(settings or {}), "alignment": recipe.alignment, "close_mm": recipe.close_mm}

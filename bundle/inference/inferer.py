@@ -109,8 +109,10 @@ class PatchLocationInferer(Inferer):
         model_file: str | None = None,
     ) -> None:
         super().__init__()
-        if precision not in ("float32", "bfloat16") or output not in ("anomaly", "location"):
-            raise ValueError(f"unknown precision '{precision}' or output '{output}'")
+        if precision not in ("float32", "bfloat16"):
+            raise InputError(f"precision '{precision}' is unknown: use float32 or bfloat16")
+        if output not in ("anomaly", "location"):
+            raise ValueError(f"unknown output '{output}'")
         self.patch_size, self.stride, self.max_positions = patch_size, stride, max_positions
         self.precision, self.output = precision, output
         self.whole_slices, self.model_file = whole_slices, model_file

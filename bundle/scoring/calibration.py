@@ -380,7 +380,9 @@ def load_calibration(
         InputError: missing or damaged, made with another model or for another grid.
     """
     require_model(model_file)
-    content = read_json(path, f"calibration (make it with: run calibration --ckpt_dir {Path(path).parent})")
+    there = sorted(f.stem.removeprefix("calibration_") for f in Path(path).parent.glob("calibration_*.json"))
+    known = f"; there are those of --contrast {', '.join(there)}" if there else ""
+    content = read_json(path, f"calibration (make it with: run calibration --ckpt_dir {Path(path).parent}{known})")
     try:
         about = content["provenance"]
         if about["model_sha256"] != model_hash(model_file, content["contrast"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,7 +96,8 @@ class TrainingCheckpoints:
     renamed. On a CPU a training that was killed and resumed ends with the very weights of one that was not; with
     several processes the random states are not restored.
 
-    Checkpoints beside those it starts from or makes, of an earlier training, are moved to ``folder/earlier_K``.
+    Checkpoints beside those it starts from or makes, of an earlier training, are moved to ``folder/earlier_K``; so is,
+    as a copy, the model file that a training replaces when it starts anew.
 
     Args:
         folder: of the checkpoints.
@@ -110,7 +112,8 @@ class TrainingCheckpoints:
         keep: number of checkpoints.
 
     Raises:
-        InputError: a checkpoint that cannot be read, of another network, or of more epochs than are asked for.
+        InputError: a checkpoint that cannot be read, of another network, or of more epochs than are asked for; an
+            interval below 1.
     """
 
     def __init__(
@@ -125,6 +128,8 @@ class TrainingCheckpoints:
         resume: str = "",
         keep: int = 3,
     ) -> None:
+        if interval < 1:
+            raise InputError(f"val_interval {interval}: validate every epoch (1) or more rarely")
         self.folder, self.model_file, self.state = Path(folder), Path(model_file), dict(state)
         self.validator, self.interval, self.keep = validator, interval, keep
         self.random, self.about, self.resume = RandomStates(transforms), dict(about or {}), str(resume or "")
@@ -154,23 +159,28 @@ class TrainingCheckpoints:
                 self._restore(engine, file, content)
                 return
             print(f"{self.folder}: no checkpoint to go on from; the training starts anew", flush=True)
+            self._set_aside(self.files(), self.model_file)
         elif self.resume:
             self._restore(engine, Path(self.resume), self._read(Path(self.resume)))
         else:
-            self._set_aside(self.files())
+            self._set_aside(self.files(), self.model_file)
 
-    def _set_aside(self, files: Sequence[Path]) -> None:
-        """Move checkpoints that this training does not go on from, so that nobody takes them for its own."""
-        if not files or not is_main():
+    def _set_aside(self, files: Sequence[Path], model_file: Path | None = None) -> None:
+        """Move checkpoints that this training does not go on from, so that nobody takes them for its own, and copy a
+        model that it will replace.
+        """
+        replaced = [] if model_file is None or not model_file.is_file() else [model_file]
+        if not [*files, *replaced] or not is_main():
             return
         number = next(k for k in range(1, 10**6) if not (self.folder / f"earlier_{k}").exists())
         away = self.folder / f"earlier_{number}"
-        away.mkdir()
+        away.mkdir(parents=True)
         for file in files:
             file.rename(away / file.name)
-        print(
-            f"{away}: {len(files)} checkpoints of an earlier training, which this one does not go on from", flush=True
-        )
+        for file in replaced:
+            shutil.copy2(file, away / file.name)
+        what = f"{len(files)} checkpoints" + " and a copy of the model" * bool(replaced)
+        print(f"{away}: {what} of an earlier training, which this one does not go on from", flush=True)
 
     def _read(self, file: Path) -> dict[str, Any]:
         if not file.is_file():

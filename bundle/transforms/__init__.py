@@ -1,7 +1,7 @@
 from .alignment import AlignToAtlasd
 from .brain import BrainMaskd
 from .intensity import CorrectBiasFieldd, CurvatureFlowd, NormalizeBrainIntensityd, RandCoarseNoised, learn_landmarks
-from .load import IgnoreLabelsd, LoadScand
+from .load import CheckLabelsd, IgnoreLabelsd, LoadScand
 from .outside import FillOutsided, MaskOutsided
 from .sampling import AxialSlicesd, DenseLocationsd, FindBrainSlicesd, RandAxialSlicesd, RandPatchesd
 from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
@@ -10,6 +10,7 @@ __all__ = [
     "AlignToAtlasd",
     "AxialSlicesd",
     "BrainMaskd",
+    "CheckLabelsd",
     "CorrectBiasFieldd",
     "CurvatureFlowd",
     "DenseLocationsd",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ _FEWEST_VOXELS = 4
 # more, as float32, would fill 8 GiB; and no compression of a scan, nor gzip itself, does better than this
 _MOST_VOXELS, _BEST_COMPRESSION = 2**31, 1100
 _LARGEST_DIFFERENCE_MM = 2.0
+_LONGEST_TAIL = 1 << 26  # bytes beside the voxels
+_LARGEST_LESION_ML = 1000.0
 
 
 class LoadScand(MapTransform):
@@ -98,6 +102,8 @@ def check_header(file: str) -> str:
         raise InputError(f"{file}: its header tells of {'x'.join(map(str, shape))} voxels, which it cannot hold")
     if voxels > _MOST_VOXELS:
         raise InputError(f"{file}: has {'x'.join(map(str, shape))} voxels; no scan of a head is that large")
+    if file.lower().endswith(".gz") and not _is_whole(file, voxels * dtype.itemsize):
+        raise InputError(f"{file}: is damaged (its checksum is not that of its content); copy it again")
     forms = [f for f in (_form(header, "sform"), _form(header, "qform")) if f is not None]
     if not forms:
         raise InputError(f"{file}: its header has no orientation (sform and qform are not set); set one")
@@ -111,6 +117,20 @@ def check_header(file: str) -> str:
         if apart > _LARGEST_DIFFERENCE_MM:
             return f"sform and qform differ by up to {apart:.0f} mm; the sform was used"
     return ""
+
+
+def _is_whole(file: str, size: int) -> bool:
+    """Whether a gzip file has the checksum that it ends with: who reads only the voxels, ``size`` bytes, never gets
+    there. A file that goes on and on is left at that.
+    """
+    left = size + _LONGEST_TAIL
+    try:
+        with gzip.open(file) as stream:
+            while left > 0 and (piece := stream.read(1 << 20)):
+                left -= len(piece)
+    except (OSError, EOFError, zlib.error):
+        return False
+    return True
 
 
 def _form(header: Any, which: str) -> np.ndarray | None:
@@ -138,6 +158,47 @@ def _check(image: MetaTensor, file: str) -> MetaTensor:
     if not _usable(np.asarray(image.affine)):
         raise InputError(f"{file}: its header has no usable orientation (affine); repair it")
     return image
+
+
+class CheckLabelsd(MapTransform):
+    """Refuse masks of lesions that cannot be any: they would be measured all the same.
+
+    Args:
+        keys: label maps, 0 where there is no lesion.
+        image_key: the scan.
+
+    Raises:
+        InputError: a value that is not finite; no 0 at all, or more than a litre marked; lesions of which none lies in
+            the scan's field of view.
+    """
+
+    def __init__(self, keys: KeysCollection, image_key: str = "image", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            label, file = d[key].as_tensor()[0], d[key].meta.get("filename_or_obj", key)
+            if not label.isfinite().all():
+                raise InputError(f"{file}: holds values that are not finite; a mask of lesions is 0 outside them")
+            marked = label > 0
+            voxel_ml = abs(float(np.linalg.det(np.asarray(d[key].affine, float)[:3, :3]))) / 1000
+            if marked.all() or float(marked.sum()) * voxel_ml > _LARGEST_LESION_ML:
+                raise InputError(
+                    f"{file}: marks {float(marked.sum()) * voxel_ml:.0f} ml; a mask of lesions is 0 outside them"
+                )
+            if marked.any() and not _meet(marked, d[key].affine, d[self.image_key]):
+                raise InputError(f"{file}: its lesions lie outside the scan; is it of the same person and space?")
+        return d
+
+
+def _meet(marked: torch.Tensor, affine: Any, image: MetaTensor) -> bool:
+    """Whether a voxel of a mask ``[X, Y, Z]`` with ``affine`` lies in the field of view of ``image``."""
+    where = np.argwhere(marked.numpy())
+    to_image = np.linalg.inv(np.asarray(image.affine, float)) @ np.asarray(affine, float)
+    index = where @ to_image[:3, :3].T + to_image[:3, 3]
+    return bool(((index > -1) & (index < np.array(image.shape[1:]))).all(1).any())
 
 
 class IgnoreLabelsd(MapTransform):
