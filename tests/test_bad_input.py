@@ -255,6 +255,37 @@ def test_a_misspelt_override_is_told(models, cohort, grid_file, tmp_path):
     assert "did you mean --min_lesion_mm3?" in result.stderr
 
 
+def test_what_is_not_ours_stays_and_what_is_old_goes(models, cohort, grid_file, tmp_path):
+    """Results beside scans in folders of their names; one scan after the other into one folder; a scan that breaks."""
+    (item, other) = json.loads((cohort / "datalist.json").read_text())["test"]
+    study, out = tmp_path / "study", tmp_path / "out"
+    for name, file in (("a", item["image"]), ("b", other["image"])):
+        (study / name).mkdir(parents=True)
+        shutil.copy(cohort / file, study / name / f"{name}.nii.gz")
+    (study / "a/notes.txt").write_text("of a person")
+    before = {f: f.read_bytes() for f in study.rglob("*") if f.is_file()}
+    use = ("--ckpt_dir", models, "--alignment", "none", "--skull_strip", "none")
+    result = run_bundle("inference", "inference", grid_file, *use, "--dataset_dir", study, "--output_dir", study)
+    assert result.returncode == 2 and "would be replaced by results" in result.stderr.splitlines()[-1], result.stderr
+    assert {f: f.read_bytes() for f in study.rglob("*") if f.is_file()} == before
+
+    for name in ("a", "b"):
+        scan = study / name / f"{name}.nii.gz"
+        result = run_bundle("inference", "inference", grid_file, *use, "--dataset_dir", scan, "--output_dir", out)
+        assert result.returncode == 0, result.stderr
+    with (out / "summary.csv").open() as table:
+        assert [(row["name"], row["status"][:4] != "fail") for row in csv.DictReader(table)] == [
+            ("a", True),
+            ("b", True),
+        ]
+    assert (out / "a/a_lesion.nii.gz").is_file() and (out / "b/b_lesion.nii.gz").is_file()
+
+    (study / "b/b.nii.gz").write_bytes(b"broken")
+    result = run_bundle("inference", "inference", grid_file, *use, "--dataset_dir", study, "--output_dir", out)
+    assert result.returncode == 3 and "a: done before" in result.stdout, result.stderr
+    assert not (out / "b").exists() and (out / "a/a_lesion.nii.gz").is_file()
+
+
 def test_a_full_disk_and_a_busy_folder(models, cohort, grid_file, tmp_path):
     """The disk is full after 20 kB a file; then another process holds the folder."""
     files = str([str(ROOT / "configs/inference.json"), str(grid_file)])

@@ -48,12 +48,24 @@ def test_what_does_not_exist_is_told(word, hint):
         ("--curvature_flow 1.5", "a whole number, such as 0"),
         ("--spatial_size 3", "a list"),
         ("--fusion_maps 3", "a dictionary"),
-        ("--section 7", "text; for a file or folder of that name write ./7"),
+        ("--section 7", "would be read as 7; write ./7"),
+        ("--fusion_rule 7", "text; for a file or folder of that name write ./7"),
+        ("--dataset_dir run#2", "would be read as 'run'; write ./run#2"),
+        ("--output_dir a,b", "would be read as ('a', 'b'); write ./a,b"),
+        ("--fusion_rule sum#1", "would be read as 'sum'"),
+        ("--dataset_dir --contrast t2", "--dataset_dir: needs a value"),
+        ("--brain_mask", "--brain_mask: needs a value"),
     ],
 )
 def test_values_of_another_type_are_refused(word, wanted):
     with pytest.raises(InputError, match=re.escape(wanted)):
         check_overrides([*RUN, *word.split()])
+
+
+def test_odd_paths_pass_as_they_are(recwarn):
+    for path in ("./run#2", "/a,b/c", "it's", "'quoted'", "a b", "$@bundle_root + '/x'"):
+        check_overrides([*RUN, "--dataset_dir", path, "--overwrite"])
+    assert not recwarn.list
 
 
 def test_a_record_keeps_others_and_no_names(tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def check_header(file: str) -> str:
     if voxels > _MOST_VOXELS:
         raise InputError(f"{file}: has {'x'.join(map(str, shape))} voxels; no scan of a head is that large")
     if file.lower().endswith(".gz") and not _is_whole(file, voxels * dtype.itemsize):
-        raise InputError(f"{file}: is damaged (its checksum is not that of its content); copy it again")
+        raise InputError(f"{file}: cannot be read as it was written (its checksum does not fit); is the file complete?")
     forms = [f for f in (_form(header, "sform"), _form(header, "qform")) if f is not None]
     if not forms:
         raise InputError(f"{file}: its header has no orientation (sform and qform are not set); set one")

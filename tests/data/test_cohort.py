@@ -27,9 +27,19 @@ def test_unknown_recipes_and_entries_are_named(tmp_path):
         "images: {t1: '{subject}.nii'}\nsplits: {test: '5'}": "a number of people",
         "images: {t1: '{subject}.nii'}\nsplits: {test: rest, training: rest}": "one of them 'rest'",
         "images: [": "not YAML",
+        "images: {t1: '{subject}.nii'}\n5: 1": r"unknown entries \['5'\]",
+        "images: {T1: '{subject}.nii'}": "in lower case",
+        "images: {t1: 3}": "'images' must be",
+        "images: {t1: '{subject}.nii'}\nbrain_mask: 5": "'brain_mask' must be a pattern",
+        "images: {t1: '{subject}.nii'}\nperson: 5": "'person' must be a regular expression",
+        "images: {t1: '{subject}.nii'}\nsplits: rest": "'splits' must be numbers of people",
+        "images: {t1: '{subject}.nii'}\nclose_mm: wide": "'close_mm' must be a number",
+        "images: {t1: '{subject}.nii'}\nignored_labels: 2": "'ignored_labels' must be a list",
+        "images: {t1: '{subject}.nii'}\nalignment: afine": "'alignment' must be",
+        "images: {t1: '{subject}.nii'} # \xe9": "not YAML",
     }
     for content, message in wrong.items():
-        (tmp_path / "mine.yaml").write_text(content)
+        (tmp_path / "mine.yaml").write_text(content, encoding="latin1")
         with pytest.raises(InputError, match=message):
             load_recipe(tmp_path, "mine")
 
@@ -154,6 +164,10 @@ def test_preparation_through_the_runner(tmp_path, grid_file):
     result = run_bundle(*command, "--dataset", "folder")
     assert result.returncode == 0, result.stderr
     assert len(json.loads((out / "datalist.json").read_text())["test"]) == 3
+    moved = source.rename(tmp_path / "others")
+    result = run_bundle(*command[:4], moved, "--dataset_dir", out, "--dataset", "folder")
+    assert result.returncode == 2 and "lists scans that are not of" in result.stderr.splitlines()[-1], result.stderr
+    moved.rename(source)
     assert all(f.stat().st_mtime_ns == t for f, t in before.items())
 
     result = run_bundle(*command, "--dataset", "folder", "--curvature_flow", 2)

@@ -1,8 +1,10 @@
 import json
+import os
 
 import pytest
 
 from bundle.data import evaluation_items, list_scans, load_datalist
+from bundle.data.datalist import write_item
 from bundle.errors import InputError
 
 
@@ -79,6 +81,33 @@ def test_a_folder_of_scans_with_their_companions(tmp_path):
     assert set(scans) == {f"{tmp_path.name}_a", "sub_a", "sub_b_mask"}
     first = scans[f"{tmp_path.name}_a"]
     assert first["brain_mask"].endswith("a_brain_mask.nii.gz") and first["label"].endswith("a_lesion.nii.gz")
+
+
+def test_links_and_other_formats_are_told(tmp_path):
+    folder, away = tmp_path / "scans", tmp_path / "away"
+    for name in ("scans/a.nii.gz", "scans/old.mgz", "scans/older.img", "away/b.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (folder / "linked").symlink_to(away)
+    (away / "loop").symlink_to(folder)
+    (folder / "annexed.nii.gz").symlink_to("nowhere")
+    with pytest.warns(UserWarning, match=r"old(er)?\.(mgz|img): not read, like 2 files"):
+        scans = list_scans(folder)
+    assert [s["name"] for s in scans] == ["a", "annexed", "b"]
+
+
+def test_names_that_cannot_be_written_are_made_so(tmp_path):
+    names = [os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "ü" * 120, "ü" * 119 + "u", "line\nbreak"]
+    for name in names:
+        (tmp_path / f"{name}.nii").write_text("")
+    scans = {s["image"]: s["name"] for s in list_scans(tmp_path)}
+    assert len(set(scans.values())) == 5 and set(scans) == {str(tmp_path / f"{n}.nii") for n in names}
+    assert all(len(name.encode()) < 170 for name in scans.values()) and "line\nbreak" in scans.values()
+
+
+def test_subjects_are_no_paths(tmp_path):
+    with pytest.raises(InputError, match=r"\.\./x"):
+        write_item(tmp_path / "a", "../x", "t1", {}, None)
 
 
 def test_single_file_mask_and_prepared_dataset(tmp_path):

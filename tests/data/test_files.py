@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bundle.data.files import atomic_path, read_json, stem, write_json, write_volume
+from bundle.data.files import atomic_path, claim_folder, nifti_header, read_json, stem, write_json, write_volume
 from bundle.errors import InputError
 
 
@@ -30,6 +30,37 @@ def test_unreadable_json_is_named(tmp_path, content):
         (tmp_path / "a.json").write_text(content, encoding="latin1")
     with pytest.raises(InputError, match=r"a\.json: list"):
         read_json(tmp_path / "a.json", "list")
+
+
+def test_long_names_can_be_written(tmp_path):
+    write_json(tmp_path / f"{'ü' * 120}.json", 1)
+    assert [f.name for f in tmp_path.iterdir()] == [f"{'ü' * 120}.json"]
+
+
+def test_leftovers_go_but_not_those_of_a_run_below(tmp_path):
+    for name in ("a", "sub", "busy/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / ".partial-1").write_text("")
+    (tmp_path / ".replaced-2" / "old").mkdir(parents=True)
+    (tmp_path / "busy/.lock").write_text("")
+    claim_folder(tmp_path)
+    left = {
+        f.relative_to(tmp_path).as_posix() for f in tmp_path.rglob("*") if f.name.startswith(".") and f.name != ".lock"
+    }
+    assert left == {"busy/deep/.partial-1"}
+
+
+def test_no_text_of_a_header_leaves(tmp_path):
+    image = nib.Nifti1Image(np.ones((4, 4, 4)), np.diag([2.0, 2, 2, 1]))
+    image.header["descrip"], image.header["db_name"], image.header["aux_file"] = b"DOE", b"JOHN", b"1970"
+    image.header.set_xyzt_units("mm", "sec")
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"PatientName=DOE^JOHN"))
+    nib.save(image, tmp_path / "a.nii")
+    assert b"DOE" in (tmp_path / "a.nii").read_bytes()
+    write_volume(tmp_path / "b.nii", np.ones((4, 4, 4)), image.affine, nifti_header(tmp_path / "a.nii"))
+    content = (tmp_path / "b.nii").read_bytes()
+    assert not any(word in content for word in (b"DOE", b"JOHN", b"1970"))
+    assert nib.load(tmp_path / "b.nii").header.get_xyzt_units() == ("mm", "sec")
 
 
 def test_volume_keeps_geometry_and_units(tmp_path):

@@ -146,7 +146,7 @@ def test_wrong_input_is_refused(network, shape):
         PatchLocationInferer(P)(torch.ones(shape), network)
     with pytest.raises(ValueError, match="no brain"):
         PatchLocationInferer(P)(torch.zeros(1, 1, 9, 9, 2), network)
-    with pytest.raises(ValueError, match="precision"):
+    with pytest.raises(InputError, match="precision"):
         PatchLocationInferer(P, precision="float8")
 
 

@@ -112,11 +112,13 @@ def test_other_trainings_are_kept_apart(tmp_path, capsys):
     with pytest.raises(InputError, match="other random transforms"):
         two = Compose([RandGaussianNoise(), RandGaussianNoise()]).set_random_state(0)
         training(tmp_path, 6, resume="auto", noise=two)
-    old = [f.read_bytes() for f in sorted((tmp_path / "checkpoints").glob("*.pt"))]
+    old = [tmp_path / "model.pt", *sorted((tmp_path / "checkpoints").glob("*.pt"))]
+    old = {f.name: f.read_bytes() for f in old}
     training(tmp_path, 2)
     assert names(tmp_path) == ["model_epoch=2.pt"]
-    assert [f.read_bytes() for f in sorted((tmp_path / "checkpoints/earlier_1").iterdir())] == old
-    assert "earlier_1: 2 checkpoints of an earlier training" in capsys.readouterr().out
+    assert {f.name: f.read_bytes() for f in (tmp_path / "checkpoints/earlier_1").iterdir()} == old
+    assert (tmp_path / "model.pt").read_bytes() != old["model.pt"]
+    assert "earlier_1: 2 checkpoints and a copy of the model of an earlier training" in capsys.readouterr().out
 
 
 def test_random_states_go_back_to_where_they_were():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bundle.errors import InputError
-from bundle.transforms import IgnoreLabelsd, LoadScand
+from bundle.transforms import CheckLabelsd, IgnoreLabelsd, LoadScand
 from tests.conftest import meta, write_dicom, write_nifti
 
 AFFINE = np.array([[0, 0, -3.0, 40], [0.5, 0, 0, -70], [0, 0.5, 0, -60], [0, 0, 0, 1]])
@@ -38,6 +38,9 @@ def test_missing_keys_only_where_allowed(tmp_path):
         LoadScand(["image", "label"])(data)
 
 
+broken_names = ["empty.nii.gz", "truncated.nii.gz", "text.nii.gz", "changed.nii.gz", "short.nii"]
+
+
 def broken_files(folder):
     write_nifti(folder / "good.nii.gz", np.random.rand(9, 9, 9))
     packed = (folder / "good.nii.gz").read_bytes()
@@ -45,11 +48,12 @@ def broken_files(folder):
         "empty.nii.gz": b"",
         "truncated.nii.gz": packed[: len(packed) // 2],
         "text.nii.gz": b"not an image",
+        "changed.nii.gz": packed[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:],  # as by one bit of the content
         "short.nii": gzip.decompress(packed)[:500],
     }
 
 
-@pytest.mark.parametrize("name", ["empty.nii.gz", "truncated.nii.gz", "text.nii.gz", "short.nii", "gone.nii.gz"])
+@pytest.mark.parametrize("name", [*broken_names, "gone.nii.gz"])
 def test_broken_files_are_named(tmp_path, name):
     for file, content in broken_files(tmp_path).items():
         (tmp_path / file).write_bytes(content)
@@ -70,6 +74,38 @@ def test_singular_affine_is_named(tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match=r"a\.nii"):
         LoadScand("image")({"image": file})
+
+
+def labels(change=None, shift=0.0):
+    """A scan of 2 mm voxels, and a mask of 8 of them on it."""
+    affine = np.diag([2.0, 2, 2, 1])
+    mask = np.zeros((60, 60, 60))
+    mask[20:22, 20:22, 20:22] = 1
+    if change:
+        change(mask)
+    return {"image": meta(np.ones((60, 60, 60)), affine), "label": meta(mask, affine + shift * np.eye(4, k=3))}
+
+
+def test_labels_that_are_good_pass():
+    check = CheckLabelsd("label")
+    for data in (labels(), labels(lambda mask: mask.fill(0)), labels(shift=70.0)):
+        assert check(data)["label"] is data["label"]
+    assert "label" not in CheckLabelsd("label", allow_missing_keys=True)({"image": labels()["image"]})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (labels(lambda mask: mask.__setitem__((0, 0, 0), np.nan)), "not finite"),
+        (labels(lambda mask: np.add(mask, 1, out=mask)), "marks 1728 ml"),
+        (labels(lambda mask: np.subtract(1, mask, out=mask)), "marks 1728 ml"),
+        (labels(shift=500.0), "lie outside the scan"),
+    ],
+    ids=["not a number", "1 and 2", "inverted", "elsewhere"],
+)
+def test_labels_that_are_none_are_refused(data, message):
+    with pytest.raises(InputError, match=message):
+        CheckLabelsd("label")(data)
 
 
 DICOM_AFFINE = np.array([[-0.9, 0, 0.6, 40], [0, -1, 0, 50], [0.12, 0, 4.5, -60], [0, 0, 0, 1]])
