@@ -291,13 +291,15 @@ def _require_own_list(folder: Path, source_dir: Path) -> None:
     file = folder / "datalist.json"
     if not file.is_file():
         return
-    content = read_json(file, "list of a dataset; remove it")
-    for item in (i for items in content.values() for i in items):
-        made_from = (item.get("source") or {}).get("image", "")
-        if not made_from or not (folder / made_from).resolve().is_relative_to(source_dir.resolve()):
-            raise InputError(
-                f"{file}: lists scans that are not of {source_dir}; choose another --dataset_dir, or remove it"
-            )
+    content = read_json(file, "list of a dataset")
+    try:
+        origins = [item["source"]["image"] for items in content.values() for item in items]
+    except (AttributeError, KeyError, TypeError):  # a list that others made
+        origins = ["/"]
+    if not all((folder / origin).resolve().is_relative_to(source_dir.resolve()) for origin in origins):
+        raise InputError(
+            f"{file}: lists scans that are not of {source_dir}; choose another --dataset_dir, or remove it"
+        )
 
 
 def _drop_duplicates(datalist: dict[str, list[dict[str, Any]]]) -> None:

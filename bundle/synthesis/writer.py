@@ -17,6 +17,11 @@ from bundle.data.files import read_json, write_json
 from bundle.errors import InputError
 
 
+def _records(folder: Path) -> Any:
+    file = folder / "run.json"
+    return read_json(file, "record of runs") if file.is_file() else {}
+
+
 def write_scans(
     dataset_dir: str | Path,
     output_dir: str | Path,
@@ -48,11 +53,15 @@ def write_scans(
         the ``datalist.json`` written.
 
     Raises:
-        InputError: no output folder, or the dataset's own; no anatomies.
+        InputError: no output folder, the dataset's own or one with a list of others; no anatomies.
     """
     folder = Path(output_dir)
     if not output_dir or folder.resolve() == Path(dataset_dir).resolve():
         raise InputError("name a new folder for the synthetic scans with --output_dir")
+    if (folder / "datalist.json").is_file() and "synthesis" not in _records(folder):
+        raise InputError(
+            f"{folder / 'datalist.json'}: lists scans of others; choose another --output_dir, or remove it"
+        )
     claim_folder(folder)
     record_run(folder, "synthesis")
     there = read_json(Path(dataset_dir) / "datalist.json", "list of the dataset")

@@ -133,6 +133,17 @@ def test_splits_are_by_person_seeded_and_complete():
         split_people(Recipe({}, splits={"test": 5}), ["a", "b"])
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "[3]", '{"test": [{"image": "a"}]}', '{"test": [{"source": {"image": "../b"}}]}']
+)
+def test_the_list_of_another_cohort_is_not_replaced(tmp_path, content):
+    touch(tmp_path, "raw/a_t1.nii.gz", "out/datalist.json")
+    (tmp_path / "out/datalist.json").write_text(content)
+    with pytest.raises(InputError, match="lists scans that are not of"):
+        prepare_cohort(Recipe({"t1": "{subject}_t1.nii.gz"}), tmp_path / "raw", tmp_path / "out", dict)
+    assert (tmp_path / "out/datalist.json").read_text() == content
+
+
 def test_preparation_through_the_runner(tmp_path, grid_file):
     """Two brains and a broken file: two are prepared, the third is named; a second run does only what is left."""
     source, affine = tmp_path / "raw", np.diag([-4.0, 4.0, 4.0, 1.0])

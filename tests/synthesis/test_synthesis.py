@@ -155,3 +155,8 @@ def test_written_scans_are_a_prepared_dataset(tmp_path, anatomy):
     assert np.abs(one - other).max() > 0.01
     with pytest.raises(InputError, match="output_dir"):
         write_scans(tmp_path / "in", tmp_path / "in", "t2", *chain)
+    write_scans(tmp_path / "in", tmp_path / "one", "t2", *chain)  # once more into its own folder
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/datalist.json").write_text("[]")
+    with pytest.raises(InputError, match="lists scans of others"):
+        write_scans(tmp_path / "in", tmp_path / "theirs", "t2", *chain)
