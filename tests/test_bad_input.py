@@ -119,7 +119,7 @@ def bad_scans(folder, voxels, affine):
         "few_nan": "1 brain voxels were not finite; filled",
         "two_places": "sform and qform differ by up to 5 mm",
         "beside": "lies badly on the atlas",
-        "small": "is its voxel size right?",
+        "small": "lies badly on the atlas",
         "coarse": "lies badly on the atlas",  # a mask of 12 mm voxels
         "as_t2": "its tissues are not as bright as in a t1 scan, but as in t2",
     }

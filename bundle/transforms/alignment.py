@@ -171,8 +171,8 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             (`atlas_overlap` of at least 0.95).
         atlas: template file, see `load_atlas`.
 
-    Flagged are a brain that overlaps the atlas' by less than 0.92 (Dice; registered heads reach 0.955), one that had to
-    be turned by more than a right angle, and one of less than 800 or more than 1900 ml.
+    Flagged are a brain that overlaps the atlas' by less than 0.92 (Dice; registered heads reach 0.955) and, of those
+    that are registered, one that had to be turned by more than a right angle or has less than 800 or more than 1900 ml.
 
     Raises:
         InputError: after a registration, the overlap is below 0.8: half a head, or something that is no head; a failed
@@ -197,7 +197,7 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
         d = dict(data)
         found = self._find(d)
         scan_to_atlas = np.eye(4) if found is None else found
-        d = self._judge(d, scan_to_atlas, least=0.0 if found is None else _LEAST_OVERLAP)
+        d = self._judge(d, scan_to_atlas, registered=found is not None)
         for key in self.key_iterator(d):
             image = d[key].clone()
             scan_affine = image.affine.clone()
@@ -216,13 +216,15 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             return None
         return register_to_atlas(d[self.image_key], d[self.mask_key], atlas)
 
-    def _judge(self, d: Mapping[Hashable, Any], scan_to_atlas: np.ndarray, least: float) -> dict[Hashable, Any]:
-        """``d``, flagged if its brain does not lie on the atlas as brains do; refused below ``least`` overlap."""
+    def _judge(self, d: Mapping[Hashable, Any], scan_to_atlas: np.ndarray, registered: bool) -> dict[Hashable, Any]:
+        """``d``, flagged, or refused, if its brain does not lie on the atlas as brains do. One that came in the atlas'
+        space has its size, and is not refused: somebody else has seen to it.
+        """
         mask = d[self.mask_key].clone()
         volume_ml = mask_volume_ml(mask, mask)
         mask.affine = torch.as_tensor(scan_to_atlas) @ mask.affine
         overlap = atlas_overlap(mask, load_atlas(self.atlas))
-        if overlap < least:
+        if registered and overlap < _LEAST_OVERLAP:
             name = d[self.image_key].meta.get("filename_or_obj", self.image_key)
             raise InputError(
                 f"{name}: its brain overlaps the atlas' by {overlap:.2f} only (Dice; heads reach 0.95); is it a whole "
@@ -233,7 +235,7 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
             judged = flag(judged, f"lies badly on the atlas (Dice {overlap:.2f})")
         if np.trace(polar(scan_to_atlas[:3, :3])[0]) < 1:  # 1 + 2 cos(angle)
             judged = flag(judged, "lies back to front or upside down by its header, and was turned; left may be right")
-        if not _USUAL_BRAIN_ML[0] <= volume_ml <= _USUAL_BRAIN_ML[1]:
+        if registered and not _USUAL_BRAIN_ML[0] <= volume_ml <= _USUAL_BRAIN_ML[1]:
             judged = flag(judged, f"its brain has {volume_ml:.0f} ml, adults' 900 to 1500; is its voxel size right?")
         return judged
 
