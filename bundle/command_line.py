@@ -14,6 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,12 +193,11 @@ def record_run(folder: str | Path, name: str, files: Sequence[str | Path] = (), 
 
 def impersonal(text: str) -> str:
     """``text`` with the home folder as ``~`` and, in paths, the user's name as ``USER``."""
-    text = text.replace(str(Path.home()), "~") if len(str(Path.home())) > 1 else text
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a process without a name, as in some containers
-        return text
-    return re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\\"]|$)", "USER", text)
+    with suppress(RuntimeError):  # there is no home, or no name, in some containers
+        text = text.replace(str(Path.home()), "~") if len(str(Path.home())) > 1 else text
+    with suppress(KeyError, OSError):
+        text = re.sub(rf"(?<=[/\\]){re.escape(getpass.getuser())}(?=[/\\\"]|$)", "USER", text)
+    return text
 
 
 def git_revision() -> str | None:

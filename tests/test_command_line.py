@@ -68,6 +68,15 @@ def test_odd_paths_pass_as_they_are(recwarn):
     assert not recwarn.list
 
 
+def test_a_process_without_home_and_name(monkeypatch):
+    def nobody(*_):
+        raise KeyError("uid")
+
+    monkeypatch.setattr("bundle.command_line.getpass.getuser", nobody)
+    monkeypatch.setattr("bundle.command_line.Path.home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert impersonal("/home/ann/x") == "/home/ann/x"
+
+
 def test_a_record_keeps_others_and_no_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     monkeypatch.setenv("LOGNAME", "ann")

@@ -39,6 +39,24 @@ def test_residual_is_signed_and_inside_the_brain(weights, contrast, sign):
     assert network.slices == (BRAIN > 0).any((0, 1)).sum()  # those without brain are left out
 
 
+class TooMuch(Halve):
+    """A GPU with room for one batch of slices."""
+
+    def forward(self, image):
+        if self.slices and image.device.type == "cpu" and not hasattr(self, "told"):
+            self.told = True
+            raise torch.cuda.OutOfMemoryError
+        return super().forward(image)
+
+
+def test_memory_that_runs_out_changes_nothing(weights):
+    image = meta(np.random.rand(6, 7, 40))
+    expected = ReconstructionMapd("image", Halve(), weights, "t1")({"image": image})["reconstruction"]
+    with pytest.warns(UserWarning, match="goes on on the CPU"):
+        found = ReconstructionMapd("image", TooMuch(), weights, "t1")({"image": image})["reconstruction"]
+    torch.testing.assert_close(found, expected)
+
+
 def test_without_weights_there_is_no_map_and_other_weights_are_refused(tmp_path, weights):
     data = {"image": meta(BRAIN)}
     assert set(ReconstructionMapd("image", Halve(), tmp_path / "none.pt", "t1")(data)) == {"image"}

@@ -1,16 +1,18 @@
 import importlib.util
 import sys
+import warnings
 from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from bundle.data import load_atlas
 from bundle.errors import InputError
 from bundle.transforms import BrainMaskd
-from bundle.transforms.brain import close_mask
+from bundle.transforms.brain import STRIPPERS, close_mask
 from tests.conftest import ellipsoid, meta
 
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
@@ -115,6 +117,22 @@ def test_hd_bet_is_used_where_it_is_installed(whole_head, monkeypatch):
     np.testing.assert_array_equal(mask[0], abs(head[0] - 0.5) < 0.2)
     with pytest.raises(InputError, match="use deepbet, hd-bet or none"):
         BrainMaskd(method="bet")
+
+
+def test_a_gpu_without_memory_is_left_for_the_cpu(monkeypatch):
+    def strip(image, device):
+        if device != "cpu":
+            raise torch.cuda.OutOfMemoryError
+        return ellipsoid((90, 90, 90), (40, 40, 40)) > 0
+
+    monkeypatch.setitem(STRIPPERS, "deepbet", strip)
+    strip_it = BrainMaskd("image", device="cuda")
+    for _ in range(2):  # it stays there
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            mask = strip_it({"image": meta(np.random.rand(90, 90, 90) + 1, np.diag([1.5, 1.5, 1.5, 1]))})["brain_mask"]
+        assert mask.sum() == ellipsoid((90, 90, 90), (40, 40, 40)).sum()
+    assert not told and strip_it.device == "cpu"
 
 
 def test_what_is_no_number_is_background_outside_and_filled_or_refused_inside():
