@@ -4,6 +4,7 @@
 #   make evaluate DATA=prepared CONTRAST=t1 MODELS=folder OUT=folder
 #   make serve STUDIES=folder                                        MONAI Label on port 8000
 #   make package, make test-label                                    the archive, in build/; the same in MONAI Label
+#   make coverage                                                    what the tests run, by lines and branches
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
