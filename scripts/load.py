@@ -79,10 +79,10 @@ def many(number: int, folder: Path) -> None:
         late = rows[rows[:, 0] >= number // 5]  # caches are full by then
         slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
         half = rows[:, 0] > number // 2
-        files = [rows[part, 2].max() for part in (~half, half)]
+        most = [rows[part, 2].max() for part in (~half, half)]
         print(
             f"{number} scans, {workers} workers: {seconds:.0f} s ({number / seconds:.1f} scans a second), peak {peak} "
-            f"MiB, memory {slope:+.3f} MiB a scan, at most {files[0]} open files in the first half, {files[1]} in the second"
+            f"MiB, memory {slope:+.3f} MiB a scan, open files at most {most[0]}, in the second half {most[1]}"
         )
 
 
