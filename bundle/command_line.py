@@ -86,8 +86,9 @@ def check_overrides(words: Sequence[str] | None = None) -> None:
         InputError: a value of another type than the one it takes the place of, a name without a value where there must
             be one, or a path that the runner would read as something else.
     """
+    words = _typed_words() if words is None else words
     config, overrides = configured(words)
-    raw = raw_arguments(_typed_words() if words is None else words)
+    raw = raw_arguments(words)
     for name, value in overrides.items():
         if name in raw:
             _check_reading(name, value, raw[name])
@@ -157,11 +158,10 @@ def record_run(folder: str | Path, name: str, files: Sequence[str | Path] = (), 
     """
     if not is_main():
         return
-    path = Path(folder) / "run.json"
     try:
-        records = read_json(path, "record of runs") if path.is_file() else {}
+        known = run_records(folder)
     except InputError:
-        records = {}  # a damaged record is replaced
+        known = {}  # a damaged record is replaced
     config, overrides = configured()
     parser = ConfigParser(config)
     if overrides:
@@ -187,8 +187,18 @@ def record_run(folder: str | Path, name: str, files: Sequence[str | Path] = (), 
         },
         **facts,
     }
-    known = records if isinstance(records, dict) else {}
-    write_json(path, json.loads(impersonal(json.dumps({**known, name: record}, default=str))))
+    write_json(Path(folder) / "run.json", json.loads(impersonal(json.dumps({**known, name: record}, default=str))))
+
+
+def run_records(folder: str | Path) -> dict[str, Any]:
+    """What `record_run` has kept in a folder, by the names of the runs; empty where there is nothing.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = Path(folder) / "run.json"
+    records = read_json(path, "record of runs; remove it") if path.is_file() else {}
+    return records if isinstance(records, dict) else {}
 
 
 def impersonal(text: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bundle.networks import PatchLocator
+from bundle.scoring.calibration import model_hash
 from tests.conftest import GRID, ROOT, run_bundle, write_nifti
 
 
@@ -219,9 +220,7 @@ def test_broken_models_are_refused(models, cohort, grid_file, tmp_path, run_id, 
     if break_it is other_network and run_id == "inference":  # whose calibration says that all is well
         (folder / "calibration_t1.json").unlink()
         record = json.loads((models / "calibration_t1.json").read_text())
-        record["provenance"]["model_sha256"] = (
-            __import__("hashlib").sha256((folder / "model.pt").read_bytes()).hexdigest()
-        )
+        record["provenance"]["model_sha256"] = model_hash(folder / "model.pt", "t1")
         (folder / "calibration_t1.json").write_text(json.dumps(record))
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     config = {"inference": "inference", "calibration": "calibrate", "evaluation": "evaluate"}[run_id]

@@ -110,26 +110,22 @@ def _check_types(recipe: Recipe, file: Path) -> None:
     def number(given: Any) -> bool:
         return isinstance(given, (int, float)) and not isinstance(given, bool)
 
+    contrasts = all(isinstance(c, str) and c == c.lower() and texts(p) for c, p in recipe.images.items())
+    ignored = recipe.ignored_labels
     rules = {
-        "images": all(isinstance(c, str) and c == c.lower() and texts(p) for c, p in recipe.images.items()),
-        **{k: getattr(recipe, k) is None or texts(getattr(recipe, k)) for k in VOLUME_KEYS[1:]},
-        "close_mm": number(recipe.close_mm) and recipe.close_mm >= 0,
-        "alignment": recipe.alignment in ("affine", "none", "auto"),
-        "ignored_labels": isinstance(recipe.ignored_labels, list) and all(map(number, recipe.ignored_labels)),
-        "person": isinstance(recipe.person, str),
-        "splits": isinstance(recipe.splits, dict),
+        "images": (contrasts, "contrasts (in lower case) with a pattern or a list of patterns each"),
+        "close_mm": (number(recipe.close_mm) and recipe.close_mm >= 0, "a number of mm"),
+        "alignment": (recipe.alignment in ("affine", "none", "auto"), "'affine', 'auto' or 'none'"),
+        "ignored_labels": (isinstance(ignored, list) and all(map(number, ignored)), "a list of numbers"),
+        "person": (isinstance(recipe.person, str), "a regular expression"),
+        "splits": (isinstance(recipe.splits, dict), f"numbers of people for some of {', '.join(SECTIONS)}"),
     }
-    wanted = {
-        "images": "contrasts (in lower case) with a pattern or a list of patterns each",
-        "close_mm": "a number of mm",
-        "alignment": "'affine', 'auto' or 'none'",
-        "ignored_labels": "a list of numbers",
-        "person": "a regular expression",
-        "splits": f"numbers of people for some of {', '.join(SECTIONS)}",
-    }
-    for name, fits in rules.items():
+    for key in VOLUME_KEYS[1:]:
+        given = getattr(recipe, key)
+        rules[key] = (given is None or texts(given), "a pattern or a list of patterns")
+    for name, (fits, wanted) in rules.items():
         if not fits:
-            raise InputError(f"{file}: '{name}' must be {wanted.get(name, 'a pattern or a list of patterns')}")
+            raise InputError(f"{file}: '{name}' must be {wanted}")
 
 
 def _patterns(given: str | list[str] | None) -> list[str]:

@@ -18,12 +18,11 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 import bundle
-from bundle.command_line import impersonal, record_run
+from bundle.command_line import impersonal, record_run, run_records
 from bundle.data.files import (
     claim_folder,
     is_there,
     nifti_header,
-    read_json,
     share,
     unwritable,
     write_text,
@@ -94,10 +93,8 @@ def _earlier_results(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, 
     """Of the scans whose results lie in ``folder`` and are of the same ``facts`` (`run_facts`): rows of ``summary.csv``
     by name, and facts of their files by name.
     """
-    if not (folder / "run.json").is_file() or not (folder / "summary.csv").is_file():
-        return {}, {}
-    record = read_json(folder / "run.json", "record of a run; remove it").get("inference", {})
-    if record.get("settings") != facts:
+    record = run_records(folder).get("inference", {})
+    if record.get("settings") != facts or not (folder / "summary.csv").is_file():
         return {}, {}
     with (folder / "summary.csv").open(newline="") as table:
         rows = {row["name"]: row for row in csv.DictReader(table) if row.get("name") and is_done(row)}

@@ -10,16 +10,11 @@ from typing import Any
 from monai.transforms import Compose
 from tqdm import tqdm
 
-from bundle.command_line import record_run
+from bundle.command_line import record_run, run_records
 from bundle.data import claim_folder, load_datalist
 from bundle.data.datalist import write_item
 from bundle.data.files import read_json, write_json
 from bundle.errors import InputError
-
-
-def _records(folder: Path) -> Any:
-    file = folder / "run.json"
-    return read_json(file, "record of runs") if file.is_file() else {}
 
 
 def write_scans(
@@ -58,7 +53,7 @@ def write_scans(
     folder = Path(output_dir)
     if not output_dir or folder.resolve() == Path(dataset_dir).resolve():
         raise InputError("name a new folder for the synthetic scans with --output_dir")
-    if (folder / "datalist.json").is_file() and "synthesis" not in _records(folder):
+    if (folder / "datalist.json").is_file() and "synthesis" not in run_records(folder):
         raise InputError(
             f"{folder / 'datalist.json'}: lists scans of others; choose another --output_dir, or remove it"
         )

@@ -220,10 +220,10 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
         """``d``, flagged, or refused, if its brain does not lie on the atlas as brains do. One that came in the atlas'
         space has its size, and is not refused: somebody else has seen to it.
         """
-        mask = d[self.mask_key].clone()
+        mask = d[self.mask_key]
         volume_ml = mask_volume_ml(mask, mask)
-        mask.affine = torch.as_tensor(scan_to_atlas) @ mask.affine
-        overlap = atlas_overlap(mask, load_atlas(self.atlas))
+        moved = MetaTensor(mask.as_tensor(), affine=torch.as_tensor(scan_to_atlas) @ mask.affine)
+        overlap = atlas_overlap(moved, load_atlas(self.atlas))
         if registered and overlap < _LEAST_OVERLAP:
             name = d[self.image_key].meta.get("filename_or_obj", self.image_key)
             raise InputError(

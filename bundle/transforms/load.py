@@ -19,6 +19,8 @@ from monai.transforms import LoadImage, MapTransform
 from bundle.data.atlas import from_sitk
 from bundle.errors import InputError, flag
 
+from .brain import mask_volume_ml
+
 # fewer slices cannot be registered, and a single one would be taken for a column through the whole head
 _FEWEST_VOXELS = 4
 # more, as float32, would fill 8 GiB; and no compression of a scan, nor gzip itself, does better than this
@@ -183,11 +185,9 @@ class CheckLabelsd(MapTransform):
             if not label.isfinite().all():
                 raise InputError(f"{file}: holds values that are not finite; a mask of lesions is 0 outside them")
             marked = label > 0
-            voxel_ml = abs(float(np.linalg.det(np.asarray(d[key].affine, float)[:3, :3]))) / 1000
-            if marked.all() or float(marked.sum()) * voxel_ml > _LARGEST_LESION_ML:
-                raise InputError(
-                    f"{file}: marks {float(marked.sum()) * voxel_ml:.0f} ml; a mask of lesions is 0 outside them"
-                )
+            volume_ml = mask_volume_ml(marked, d[key])
+            if marked.all() or volume_ml > _LARGEST_LESION_ML:
+                raise InputError(f"{file}: marks {volume_ml:.0f} ml; a mask of lesions is 0 outside them")
             if marked.any() and not _meet(marked, d[key].affine, d[self.image_key]):
                 raise InputError(f"{file}: its lesions lie outside the scan; is it of the same person and space?")
         return d
