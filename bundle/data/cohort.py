@@ -27,12 +27,12 @@ from tqdm import tqdm
 from bundle.errors import InputError, explain
 
 from .atlas import atlas_overlap, contrast_doubt, load_atlas
-from .datalist import VOLUME_KEYS
+from .datalist import CHAIN, VOLUME_KEYS
 from .files import claim_folder, read_json, write_json, write_volume
 
 SECTIONS = ("training", "validation", "calibration", "tuning", "test")
 # of the items that are written; part of what a prepared scan was made from
-_FORMAT = 3
+_FORMAT = [CHAIN, 1]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Recipe:
 
     Patterns are paths relative to the source folder, of any case: ``{subject}`` and ``{session}`` stand for one path
     part or a piece of it, ``*`` for anything but ``/``, ``**/`` for any folders or none. Where a list is given, a file
-    may match any of them. A pattern that ends in ``/`` names folders with a DICOM series each.
+    may match any of them. A pattern that ends in ``/`` names folders with a DICOM series each. ``{section}`` stands for
+    the section that a scan belongs to, where the folders say so; nobody is dealt out then.
 
     Attributes:
         images: contrast -> pattern, or a list.
@@ -89,9 +90,15 @@ def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | No
         raise InputError(f"{file}: unknown entries {sorted(map(str, unknown))} or no 'images'")
     recipe = Recipe(**content)
     _check_types(recipe, file)
-    for pattern in (p for patterns in recipe.images.values() for p in _patterns(patterns)):
+    images = [p for patterns in recipe.images.values() for p in _patterns(patterns)]
+    for pattern in images:
         if "{subject}" not in str(pattern):
             raise InputError(f"{file}: pattern '{pattern}' has no {{subject}}")
+    sectioned = ["{section}" in pattern for pattern in images]
+    if any(sectioned) and ("splits" in content or not all(sectioned)):
+        raise InputError(
+            f"{file}: where folders say the {{section}}, they do it for all images, and there are no splits"
+        )
     try:
         re.compile(recipe.person)
     except re.error as error:
@@ -133,13 +140,13 @@ def _patterns(given: str | list[str] | None) -> list[str]:
 
 
 def _matches(patterns: str | list[str] | None, paths: list[str], **known: str | None) -> list[re.Match]:
-    """Matches of ``paths``, each with any of the patterns; ``known`` are the subject and session to look for."""
+    """Matches of ``paths``, each with any of the patterns; ``known`` are values of the names in braces to look for."""
     found: dict[str, re.Match] = {}
     for pattern in _patterns(patterns):
         expression, seen = "", set()
-        for token in re.split(r"(\*\*/|\*|\{subject\}|\{session\})", pattern):
+        for token in re.split(r"(\*\*/|\*|\{subject\}|\{session\}|\{section\})", pattern):
             name = token[1:-1]
-            if token in ("{subject}", "{session}"):
+            if token in ("{subject}", "{session}", "{section}"):
                 any_part = f"(?P={name})" if name in seen else f"(?P<{name}>[^/]+?)"
                 expression += re.escape(str(known[name])) if known.get(name) else any_part
                 seen.add(name)
@@ -152,28 +159,35 @@ def _matches(patterns: str | list[str] | None, paths: list[str], **known: str | 
 
 def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
     """Scans of a cohort: dictionaries with ``subject`` (with its session, if there is one), ``person``, ``contrast``,
-    ``image`` and, where they exist, ``brain_mask``, ``label`` and ``anatomy_label`` (paths), sorted by subject. Where
-    more than one file is found where one belongs, ``problem`` tells it.
+    ``image`` and, where they exist, ``brain_mask``, ``label`` and ``anatomy_label`` (paths), sorted by subject; and
+    ``section``, where the recipe's patterns name it. Where more than one file is found where one belongs, ``problem``
+    tells it.
 
     Raises:
-        InputError: nothing matches.
+        InputError: nothing matches; an unknown section, or one person in two.
     """
     source = Path(source_dir)
     paths = [f.relative_to(source).as_posix() + "/" * f.is_dir() for f in sorted(source.rglob("*"))]
     paths = [p for p in paths if not any(part.startswith(".") for part in p.split("/"))]
     scans: dict[tuple[str, str], dict[str, str]] = {}
+    sections: dict[str, str] = {}
     for contrast, patterns in recipe.images.items():
         for match in _matches(patterns, paths):
-            subject, session, path = match["subject"], match.groupdict().get("session"), match[0]
+            subject, path, parts = match["subject"], match[0], match.groupdict()
+            session, section = parts.get("session"), parts.get("section")
             name = f"{subject}_{session}" if session else subject
+            person = (re.search(recipe.person, subject) or [subject])[0]
+            if section:
+                _check_section(section.lower(), person, sections, source / path)
             if (name, contrast) in scans:
                 other = f"there is a second {contrast} scan of {name}, {source / path}; tell them apart in the recipe"
                 scans[name, contrast]["problem"] = other
                 continue
-            person = (re.search(recipe.person, subject) or [subject])[0]
             scan = {"subject": name, "person": person, "contrast": contrast, "image": str(source / path)}
+            if section:
+                scan["section"] = section.lower()
             for key in VOLUME_KEYS[1:]:
-                found = [m[0] for m in _matches(getattr(recipe, key), paths, subject=subject, session=session)]
+                found = [m[0] for m in _matches(getattr(recipe, key), paths, **parts)]
                 if len(found) > 1:
                     scan["problem"] = f"{len(found)} files match its '{key}', {source / found[0]} is one; which?"
                 elif found:
@@ -183,6 +197,14 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
         wanted = " or ".join(p for patterns in recipe.images.values() for p in _patterns(patterns))
         raise InputError(f"{source_dir}: nothing matches {wanted}")
     return [scans[key] for key in sorted(scans)]
+
+
+def _check_section(section: str, person: str, others: dict[str, str], path: Path) -> None:
+    if section not in SECTIONS:
+        raise InputError(f"{path}: '{section}' is no section; there are {', '.join(SECTIONS)}")
+    other = others.setdefault(person, section)
+    if other != section:
+        raise InputError(f"{path}: {person} is in '{section}' and in '{other}'; keep one of the two")
 
 
 def split_people(recipe: Recipe, people: Iterable[str], seed: int = 0) -> dict[str, str]:
@@ -265,7 +287,7 @@ class Preparation:
             for file in (*item.values(), sheet):  # all of a scan's files, or none
                 (self.dataset_dir / file).unlink(missing_ok=True)
             raise
-        item.update(subject=scan["subject"], person=scan["person"], contrast=scan["contrast"])
+        item.update(subject=scan["subject"], person=scan["person"], contrast=scan["contrast"], chain=CHAIN)
         item.update(atlas_overlap=round(overlap, 4), to_atlas=_to_atlas(data["image"]).tolist())
         doubts = [data.get("flags", ""), "" if self.atlas else contrast_doubt(data["image"], scan["contrast"], atlas)]
         if any(doubts):
@@ -391,7 +413,8 @@ def prepare_cohort(
     if folder.resolve().is_relative_to(Path(source_dir).resolve()):
         raise InputError(f"{dataset_dir}: lies in the source folder {source_dir}; choose a folder elsewhere")
     scans = find_scans(recipe, source_dir)
-    section = split_people(recipe, (s["person"] for s in scans), seed)
+    section = {s["person"]: s["section"] for s in scans if "section" in s}
+    section = section or split_people(recipe, (s["person"] for s in scans), seed)
     scans = [s for s in scans if s["person"] in section]
     claim_folder(folder)
     _require_own_list(folder, Path(source_dir))

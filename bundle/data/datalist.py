@@ -18,9 +18,12 @@ from bundle.errors import InputError
 
 from .files import is_dicom, is_nifti, is_there, read_json, stem, write_volume
 
+# Version of what stands between a file and the networks: mask, alignment, grid, bias field, intensities. Data that were
+# prepared, and models that were trained, by another are refused.
+CHAIN = 2
 VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
 _KNOWN_KEYS = {*VOLUME_KEYS, "subject", "person", "contrast", "to_atlas", "ignored_labels", "source", "fusion_maps"}
-_KNOWN_KEYS |= {"atlas_overlap", "flags", "purpose", "volume_ml", "name"}
+_KNOWN_KEYS |= {"atlas_overlap", "flags", "purpose", "volume_ml", "name", "chain", "prepared"}
 _UNREAD = {".mgz", ".mgh", ".img", ".nrrd", ".nhdr", ".mha", ".mhd"}
 _LONGEST_NAME = 150  # bytes; names of results are longer, and file systems take 255
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
@@ -43,8 +46,12 @@ def load_datalist(
     contrast: str | None = None,
     require: Sequence[str] = (),
     maps: Mapping[str, str] | None = None,
+    raw: bool = False,
 ) -> list[dict[str, Any]]:
-    """Items of one section of a prepared dataset, with absolute paths and a unique ``name``; other keys are kept.
+    """Items of one section of a prepared dataset, with absolute paths, a unique ``name`` and ``prepared`` (bool); other
+    keys are kept.
+
+    Prepared is what our preparation says it wrote (``chain``), and what others say of their items (``prepared``).
 
     Args:
         dataset_dir: folder with ``datalist.json`` (MONAI's decathlon form); an empty name gives no items.
@@ -52,9 +59,11 @@ def load_datalist(
         contrast: keep the items of this contrast and those that name none; None keeps all.
         require: keys that every item must have, besides ``image``.
         maps: other methods' maps to add to each item, see `add_maps`.
+        raw: take items that are not prepared, too.
 
     Raises:
-        InputError: no such list, an empty section, an item without what it needs, a file that is not there.
+        InputError: no such list, an empty section, an item without what it needs, a file that is not there; items that
+            are not prepared, or were by an older version.
     """
     if not dataset_dir:
         return []
@@ -77,6 +86,12 @@ def load_datalist(
             continue
         unknown |= set(entry) - _KNOWN_KEYS
         item = {key: value for key, value in entry.items() if value is not None}
+        item["prepared"] = _is_prepared(item, file)
+        if not (item["prepared"] or raw):
+            raise InputError(
+                f"{where} is not prepared; run the preparation on its scans, or, if it lies skull-stripped and without "
+                'shading in the atlas\' space, add "prepared": true to it'
+            )
         missing = [key for key in require if key not in item]
         if missing:
             raise InputError(f"{where} has no '{missing[0]}', which this needs")
@@ -112,6 +127,15 @@ def load_datalist(
         close = difflib.get_close_matches(key, _KNOWN_KEYS, 1, 0.75)
         warnings.warn(f"{file}: unknown key '{key}', not used" + (f"; did you mean '{close[0]}'?" if close else ""))
     return add_maps(_named(items), maps or {})
+
+
+def _is_prepared(item: Mapping[str, Any], file: Path) -> bool:
+    """Whether an item has been through the chain; `InputError` if it was an older one."""
+    if item.get("chain") == CHAIN or (item.get("prepared") is True and "chain" not in item):
+        return True
+    if "chain" in item or {"atlas_overlap", "to_atlas"} & set(item):
+        raise InputError(f"{file}: prepared by an older version; run the preparation again, into a new folder")
+    return False
 
 
 def _numbers(given: Any, shape: tuple[int, ...], problem: str) -> np.ndarray:
@@ -200,7 +224,7 @@ def write_item(
     """
     if Path(name).name != name:
         raise InputError(f"subject '{name}': cannot be the name of a file")
-    item: dict[str, Any] = {"subject": name, "contrast": contrast}
+    item: dict[str, Any] = {"subject": name, "contrast": contrast, "chain": CHAIN}
     for key, volume in volumes.items():
         item[key] = f"{key}s/{name}.nii.gz"
         array = volume[0].cpu().numpy()
@@ -217,7 +241,7 @@ def list_scans(
 ) -> list[dict[str, Any]]:
     """Scans to run inference on.
 
-    Items of a prepared dataset say so: ``prepared`` is true.
+    Items say whether they are prepared: ``prepared``. Those of a list that others made are scans like any other.
 
     Args:
         path: a NIfTI file; a prepared dataset, of which ``section`` is taken; or a folder with scans in it or below:
@@ -232,7 +256,7 @@ def list_scans(
         return []
     path = Path(path)
     if (path / "datalist.json").is_file():
-        items = [{**item, "prepared": True} for item in load_datalist(path, section, contrast, maps=maps)]
+        items = load_datalist(path, section, contrast, maps=maps, raw=True)
     elif path.is_dir():
         items = add_maps(_list_folder(path), maps or {})
     elif not path.exists():

@@ -14,25 +14,11 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_dst_type
 
 from bundle.errors import InputError
+from bundle.networks import load_weights
 from bundle.scoring import anomaly_channels, fill_outside, require_model
 from bundle.transforms.sampling import patch_centers, slice_position
 
 _FEWEST_POSITIONS = 512  # smaller chunks than that are a matter of what else is in the memory
-
-
-def load_weights(network: Any, model_file: str | Path) -> None:
-    """Put a flat state dict into a network.
-
-    Raises:
-        InputError: a file that is none, or that of another network.
-    """
-    try:
-        network.load_state_dict(torch.load(model_file, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch has many for a file that is no model, or another's
-        raise InputError(
-            f"{model_file}: no weights of the configured {type(network).__name__}: damaged, of another network or "
-            "grid, or more than numbers; take the configs that it was trained with, or train it again"
-        ) from error
 
 
 class WeightsCheckpointLoader(CheckpointLoader):

@@ -13,9 +13,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import nn
 
+from bundle.networks import load_weights
 from bundle.scoring import LESION_SIGN
-
-from .inferer import load_weights
 
 
 class ReconstructionMapd(MapTransform):

@@ -14,18 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ignite.engine import Engine, Events
 from nibabel.filebasedimages import ImageFileError
-from scipy import ndimage
 
 from bundle.command_line import record_run
-from bundle.data.files import claim_folder, read_json, write_json, write_volume
+from bundle.data.datalist import CHAIN
+from bundle.data.files import claim_folder, read_json, write_json
+from bundle.data.population import coarse_affine, coarsen, coarsening, population_maps, read_maps, write_maps
 from bundle.errors import InputError
+from bundle.transforms.normative import MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
 
 from .anomaly import fill_outside, smooth_inside
 from .fusion import Fusion
@@ -43,7 +44,9 @@ _USUAL_QUANTILES = {
     **{("t1", "fusion"): 0.9998, ("t2", "fusion"): 0.999, ("flair", "fusion"): 0.9998},
     **{("t1", "location"): 0.9995, ("t2", "location"): 0.9998, ("flair", "location"): 0.9995},
 }
-_MAP_SPACING = 2.0
+# A z-score far beyond the healthy ones says no more than one just beyond, and two wrong voxels must not outweigh a
+# lesion; smoothing takes noise and misalignment away and lets lesions of 3 mm be (docs/results.md).
+_Z_RANGE, _Z_FILTER_MM = (-4.0, 10.0), 2.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Calibration:
         quantiles: name of a score -> {quantile as text: score}, over the brain voxels of healthy scans that were
             left out of the maps.
         filter_sigma: of the Gaussian that the anomaly channels pass first (`smooth_inside`), voxels of the grid.
+        z_sigma: of the Gaussian over the z-score of the intensity, voxels of the grid.
         provenance: number of subjects, hashes of the models, grid.
         fusion: what "fusion" means.
     """
@@ -66,6 +70,7 @@ class Calibration:
     spread: Mapping[str, torch.Tensor]
     quantiles: Mapping[str, Mapping[str, float]]
     filter_sigma: float
+    z_sigma: float
     provenance: Mapping[str, Any]
     fusion: Fusion | None = None
 
@@ -89,8 +94,8 @@ class Calibration:
 
         Args:
             name: "location" (the sum of both channels, each calibrated, calibrated again), "squared_error" or
-                "variance" (one calibrated channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (calibrated
-                intensity, signed so that lesions are high), "intensity" (signed), "intensity_opposite" (its other
+                "variance" (one calibrated channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (z-score of the
+                intensity at its place, signed so that lesions are high, bounded, slightly smoothed), "intensity" (signed), "intensity_opposite" (its other
                 tail), a name in `extra_maps` (calibrated), "fusion" (of any of these). All but those of
                 the intensity are filtered and, calibrated, brought to the scan's own usual level, see `within_scan`.
             channels: anomaly channels ``[2, H, W, D]``.
@@ -124,7 +129,10 @@ class Calibration:
             raise InputError(f"no map '{name}' in the calibration: run the calibration again with it")
         if name in INTENSITY_SCORES:
             sign = LESION_SIGN[self.contrast] * (-1 if name == "intensity_opposite" else 1)
-            return fill_outside(sign * (self.standardise("intensity", image) if name == "atlas_z" else image), inside)
+            if name != "atlas_z":
+                return fill_outside(sign * image, inside)
+            z = (sign * self.standardise("intensity", image)).clamp(*_Z_RANGE)
+            return fill_outside(smooth_inside(z, inside, self.z_sigma), inside)
         error, variance = filtered.split(1)
         if name == "uncalibrated":
             return fill_outside(error + variance, inside)
@@ -168,50 +176,6 @@ def within_scan(score: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     return centred / (1.4826 * centred[inside].abs().median()).clamp(min=1.0)
 
 
-def _median(stack: torch.Tensor) -> torch.Tensor:
-    """Median over the first dimension, ignoring NaN (the mean of the middle two); NaN where all are."""
-    ordered = stack.sort(0).values  # NaN last
-    n = (~stack.isnan()).sum(0, keepdim=True)
-    low, high = ((n - 1).clamp(min=0) // 2), (n // 2).clamp(max=len(stack) - 1)
-    return ((ordered.gather(0, low) + ordered.gather(0, high)) / 2)[0]
-
-
-def population_maps(
-    values: torch.Tensor, sigma_voxels: float, prior_subjects: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smooth, robust mean and spread over subjects at every voxel.
-
-    The mean is the median over the subjects that have brain there, the spread 1.4826 times the median absolute
-    deviation from the smoothed mean (so that what smoothing blurs counts as spread). Both are smoothed by a Gaussian
-    weighted with the number of subjects, and drawn towards the whole brain's by ``prior_subjects`` subjects' weight,
-    which decides where few brains have voxels. The spread is at least a quarter of the whole brain's.
-
-    Args:
-        values: ``[N, H, W, D]``, NaN outside each brain.
-        sigma_voxels: of the Gaussian.
-        prior_subjects: see above.
-
-    Returns:
-        mean and spread, ``[1, H, W, D]`` each, finite everywhere.
-    """
-    count = (~values.isnan()).sum(0).to(values.dtype)
-
-    def smooth(volume: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(ndimage.gaussian_filter(volume.numpy(), sigma_voxels, mode="constant"))
-
-    weight = smooth(count) + prior_subjects
-
-    def pooled(local: torch.Tensor, overall: torch.Tensor) -> torch.Tensor:
-        return (smooth(local.nan_to_num() * count) + prior_subjects * overall) / weight
-
-    local = _median(values)
-    mean = pooled(local, local[count > 0].median())
-    deviation = 1.4826 * _median((values - mean).abs())
-    overall = deviation[count > 0].median().clamp(min=1e-6)
-    spread = pooled(deviation**2, overall**2).sqrt().clamp(min=0.25 * float(overall))
-    return mean[None], spread[None]
-
-
 def fit_calibration(
     channels: Sequence[torch.Tensor],
     images: Sequence[torch.Tensor],
@@ -222,6 +186,7 @@ def fit_calibration(
     provenance: Mapping[str, Any] | None = None,
     maps: Mapping[str, Sequence[torch.Tensor]] | None = None,
     fusion: Fusion | None = None,
+    normative: NormativeMap | None = None,
 ) -> Calibration:
     """Fit maps and quantiles to healthy scans.
 
@@ -237,6 +202,7 @@ def fit_calibration(
         filter_mm: sigma of the Gaussian over the anomaly channels and other methods' maps of each scan.
         provenance, fusion: see `Calibration`.
         maps: of other methods: name -> per scan ``[1, H, W, D]``.
+        normative: mean and spread of the intensity, from other scans than these; None: from these.
 
     Raises:
         InputError: fewer than three scans, or an unknown contrast; a map of a name that is taken.
@@ -249,8 +215,9 @@ def fit_calibration(
     taken = {"fusion", *MAPS, *SCORES} & set(maps)
     if taken:
         raise InputError(f"fusion_maps: '{taken.pop()}' is the name of a map of our own; choose another")
-    factor = max(1, round(_MAP_SPACING / spacing))
+    factor = coarsening(spacing)
     sigma, filter_sigma = smoothing_mm / (spacing * factor), filter_mm / spacing
+    sharp = (MEAN_MM / (spacing * factor), SPREAD_MM / (spacing * factor))
     raw: dict[str, torch.Tensor] = {}
 
     def smoothed(volumes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -263,14 +230,20 @@ def fit_calibration(
         ("intensity", images),
         *maps.items(),
     ):
-        raw[name] = torch.stack([_coarsen(v, i > 0, factor) for v, i in zip(volumes, images)])
+        raw[name] = torch.stack([coarsen(v, i > 0, factor) for v, i in zip(volumes, images)])
 
     def fit(rows: list[int]) -> Calibration:
-        fitted = {name: population_maps(values[rows], sigma) for name, values in raw.items()}
+        fitted = {
+            name: population_maps(values[rows], *(sharp if name == "intensity" else (sigma,)))
+            for name, values in raw.items()
+            if name != "intensity" or normative is None
+        }
+        if normative is not None:
+            fitted["intensity"] = (normative.mean, normative.spread)
         both = sum((raw[n][rows] - fitted[n][0]) / fitted[n][1] for n in ("squared_error", "variance"))
         fitted["location"] = population_maps(torch.as_tensor(both), sigma)
         mean, spread = ({n: fitted[n][k] for n in (*MAPS, *maps)} for k in (0, 1))
-        return Calibration(contrast, mean, spread, {}, filter_sigma, {}, fusion)
+        return Calibration(contrast, mean, spread, {}, filter_sigma, _Z_FILTER_MM / spacing, {}, fusion)
 
     everyone = list(range(len(images)))
     names = [*SCORES, *maps, *(["fusion"] if fusion else [])]
@@ -296,26 +269,22 @@ def usual_quantile(contrast: str, score: str) -> float:
     return _USUAL_QUANTILES.get((contrast, score), 0.9995)
 
 
-def _coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.Tensor:
-    """Mean over the brain voxels of each block of ``factor`` cubed; NaN where there are none. ``[H, W, D]``."""
-    weight = F.avg_pool3d(inside[None].float(), factor, ceil_mode=True)
-    total = F.avg_pool3d((volume * inside)[None].float(), factor, ceil_mode=True)
-    return torch.where(weight > 0, total / weight, torch.nan)[0, 0]
-
-
 def model_file(ckpt_dir: str | Path, contrast: str) -> str:
-    """The model of a contrast in a folder: ``model_CONTRAST.pt``, or ``model.pt`` where there is none."""
-    own = Path(ckpt_dir) / f"model_{contrast}.pt"
-    return str(own if own.is_file() else Path(ckpt_dir) / "model.pt")
+    """The model of a contrast in a folder: ``model.pt`` of T1w, the name that MONAI looks for, ``model_CONTRAST.pt`` of
+    any other: no contrast is ever scored by another's.
+    """
+    return str(Path(ckpt_dir) / ("model.pt" if contrast == "t1" else f"model_{contrast}.pt"))
 
 
 def model_hash(model_file: str | Path, contrast: str) -> str:
-    """SHA-256 of a model and, where there are any beside it, of its intensity landmarks: with others of either, a
-    scan scores differently.
+    """SHA-256 of a model and, where they lie beside it, of its intensity landmarks and normative map: with others of
+    any, a scan scores differently.
     """
-    landmarks = Path(model_file).with_name(f"landmarks_{contrast}.json")
-    content = Path(model_file).read_bytes() + (landmarks.read_bytes() if landmarks.is_file() else b"")
-    return hashlib.sha256(content).hexdigest()
+    digest = hashlib.sha256(Path(model_file).read_bytes())
+    for name in (f"landmarks_{contrast}.json", f"normative_{contrast}.json"):
+        beside = Path(model_file).with_name(name)
+        digest.update(beside.read_bytes() if beside.is_file() else b"")
+    return digest.hexdigest()
 
 
 def reconstruction_file(ckpt_dir: str | Path, contrast: str) -> str:
@@ -339,22 +308,17 @@ def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndar
     """
     path = Path(path)
     volumes = {f"{n}_{kind}": getattr(calibration, kind)[n] for n in calibration.mean for kind in ("mean", "spread")}
-    # 16 bit integers, each map with its own scale: a tenth of the size, and finer than the maps are known
-    limits = {n: (float(v.min()), float(v.max())) for n, v in volumes.items()}
-    codes = [
-        ((v[0] - limits[n][0]) / max(limits[n][1] - limits[n][0], 1e-12) * 65535).round().numpy().astype(np.uint16)
-        for n, v in volumes.items()
-    ]
-    write_volume(path.with_suffix(".nii.gz"), np.stack(codes, -1), affine)
+    index = write_maps(path.with_suffix(".nii.gz"), volumes, affine)
     write_json(
         path,
         {
             "contrast": calibration.contrast,
             "filter_sigma": calibration.filter_sigma,
+            "z_sigma": calibration.z_sigma,
             "provenance": dict(calibration.provenance),
             "fusion": None if calibration.fusion is None else asdict(calibration.fusion),
             "quantiles": calibration.quantiles,
-            "maps": {n: {"volume": i, "lowest": lo, "highest": hi} for i, (n, (lo, hi)) in enumerate(limits.items())},
+            "maps": index,
         },
     )
 
@@ -385,6 +349,8 @@ def load_calibration(
     content = read_json(path, f"calibration (make it with: run calibration --ckpt_dir {Path(path).parent}{known})")
     try:
         about = content["provenance"]
+        if about.get("chain") != CHAIN:
+            raise InputError(f"{path}: made by an older version; run the calibration again (docs/README.md)")
         if about["model_sha256"] != model_hash(model_file, content["contrast"]):
             raise InputError(
                 f"{path}: made with another model (or landmarks) than {model_file}; run the calibration again"
@@ -400,19 +366,14 @@ def load_calibration(
                 f"{path}: made on another grid ({about['grid']}) than is configured ({dict(grid)}); "
                 "merge the config of the grid that the model was trained on, with the calibration's --stride"
             )
-        maps: Any = nib.load(Path(path).with_suffix(".nii.gz"))
-        stored = np.asanyarray(maps.dataobj).astype(np.float32)
-        volumes = {}
-        for name, m in content["maps"].items():
-            codes = torch.from_numpy(stored[..., m["volume"]].copy())[None]
-            volumes[name] = codes / 65535 * (m["highest"] - m["lowest"]) + m["lowest"]
+        volumes = read_maps(Path(path).with_suffix(".nii.gz"), content["maps"])
         names = [*MAPS, *(n.removesuffix("_mean") for n in volumes if n.endswith("_mean"))]
         mean, spread = ({n: volumes[f"{n}_{kind}"] for n in names} for kind in ("mean", "spread"))
         quantiles = dict(content["quantiles"])
         if fusion is None or content["fusion"] != asdict(fusion):
             quantiles.pop("fusion", None)
-        sigma = float(content["filter_sigma"])
-        return Calibration(content["contrast"], mean, spread, quantiles, sigma, about, fusion)
+        sigmas = float(content["filter_sigma"]), float(content["z_sigma"])
+        return Calibration(content["contrast"], mean, spread, quantiles, *sigmas, about, fusion)
     except (KeyError, TypeError, ValueError, IndexError, OSError, EOFError, zlib.error, ImageFileError) as error:
         raise InputError(f"{path}: damaged calibration ({error!r}); run the calibration again") from error
 
@@ -499,6 +460,7 @@ class FitCalibration:
             self.smoothing_mm,
             self.filter_mm,
             {
+                "chain": CHAIN,
                 "model_sha256": model_hash(self.model_file, self.contrast),
                 "reconstruction_sha256": reconstruction_hash(self.model_file, self.contrast),
                 "grid": self.grid,
@@ -507,11 +469,9 @@ class FitCalibration:
             },
             maps,
             self.fusion,
+            load_normative(normative_file(Path(self.model_file).parent, self.contrast)),
         )
-        # outer edges are shared, so the first voxel of a coarser map lies further in
-        factor = self.images[0].shape[1] / calibration.mean["location"].shape[1]
-        affine = self.affine @ np.diag([factor, factor, factor, 1.0])
-        affine[:3, 3] = (self.affine @ np.array([*[(factor - 1) / 2] * 3, 1.0]))[:3]
+        affine = coarse_affine(self.affine, coarsening(self.grid["spacing"]))
         save_calibration(calibration, self.path, affine)
         record_run(Path(self.path).parent, f"calibration {self.contrast}", [self.model_file])
         print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import re
 import shutil
@@ -19,8 +18,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bundle.command_line import record_run
-from bundle.data.files import atomic_path, claim_folder
+from bundle.data.files import claim_folder
 from bundle.errors import InputError
+from bundle.networks.weights import save_weights, write_torch
 from bundle.parallel import is_main
 
 
@@ -226,8 +226,7 @@ class TrainingCheckpoints:
     def keep_best(self, validator: Any) -> None:
         self._validated = validator.state.epoch
         if is_main() and validator.state.best_metric_epoch == validator.state.epoch:
-            weights = {k: v.cpu() for k, v in _unwrapped(self.state["network"]).state_dict().items()}
-            _write(self.model_file, weights)
+            save_weights(_unwrapped(self.state["network"]), self.model_file, self.about)
 
     def save(self, engine: Engine) -> None:
         if not is_main():
@@ -235,7 +234,7 @@ class TrainingCheckpoints:
         state = {name: _unwrapped(thing).state_dict() for name, thing in self.state.items()}
         best = [float(self.validator.state.best_metric), int(self.validator.state.best_metric_epoch)]
         content = {**state, "random": self.random.state_dict(), "best": best, "about": self.about}
-        _write(self.folder / f"{self.model_file.stem}_epoch={engine.state.epoch}.pt", content)
+        write_torch(self.folder / f"{self.model_file.stem}_epoch={engine.state.epoch}.pt", content)
         for file in self.files()[self.keep :]:
             file.unlink()
 
@@ -244,13 +243,6 @@ class TrainingCheckpoints:
         if self._validated < engine.state.epoch:
             self.validator.run(engine.state.epoch)
             self.save(engine)
-
-
-def _write(file: Path, content: Any) -> None:
-    buffer = io.BytesIO()  # torch's own writer has no word for a full disk
-    torch.save(content, buffer)
-    with atomic_path(file) as temporary:
-        temporary.write_bytes(buffer.getvalue())
 
 
 def _epoch(file: Path) -> int:

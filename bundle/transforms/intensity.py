@@ -18,35 +18,40 @@ from bundle.data.atlas import from_sitk, to_sitk
 from bundle.data.files import read_json, write_json
 from bundle.errors import InputError
 
-_LEAST_SIGNAL = 0.1  # of the brain's mean
-_CONTROL_POINT_MM = 60.0
+from .normative import load_normative
 
 PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 
 # The lowest value of a brain voxel. 0 is kept for the outside, so that a volume carries its own brain mask
 # through the inferer (whose signature has no room for a second volume).
 LOWEST_BRAIN_INTENSITY = 1e-3
+# Where the lower percentile goes: what is darker, a lesion say, keeps its order above the lowest value.
+DARKEST_TISSUE = 0.1
 
 
 class NormalizeBrainIntensityd(MapTransform):
-    """Map two percentiles of the brain's intensities to 0 and 1, linearly, and everything outside the brain to 0.
+    """Bring every brain to one scale, linearly, and everything outside the brain to 0.
 
-    Brain voxels are clipped to [0.001, ``highest``]: never 0, and bright lesions keep their contrast above 1.
-    Doing it twice changes nothing that matters, so prepared data may go through it again.
+    Two percentiles of the brain are mapped to 0.1 and 1. Where the normative map of a model is there, what looks
+    healthy in the scan is then matched to it (`NormativeMap.match`), since percentiles follow a large lesion.
 
-    With landmarks (see `learn_landmarks`) the percentiles between the two are brought to the cohort's as well, linearly
+    Brain voxels are clipped to [0.001, ``highest``]: never 0, and so far beyond healthy tissue that lesions keep their
+    order. Doing it twice changes nothing that matters, so prepared data may go through it again.
+
+    With landmarks (see `learn_landmarks`) the percentiles between the two are brought to the cohort's instead, linearly
     in between and straight on above: Nyul & Udupa's histogram standardisation (2000, doi:10.1109/42.836373).
 
     Args:
         keys: volumes ``[1, X, Y, Z]``.
         mask_key: brain mask on the same grid.
         lower, upper: percentiles.
-        highest: upper clip, in units of the scaled range.
+        highest: upper clip.
         landmarks: JSON file of the landmarks; used if it is there, so that a model that was trained with landmarks
             (they lie beside it) never runs without them.
+        normative: JSON file of the normative map, see `load_normative`; None: percentiles alone.
 
     Raises:
-        InputError: the brain holds no two different intensities, or values that are not finite.
+        InputError: the brain holds no two different intensities, or values that are not finite; no such normative map.
     """
 
     def __init__(
@@ -55,12 +60,13 @@ class NormalizeBrainIntensityd(MapTransform):
         mask_key: str = "brain_mask",
         lower: float = 1.0,
         upper: float = 99.0,
-        highest: float = 2.0,
+        highest: float = 4.0,
         landmarks: str | None = None,
+        normative: str | None = None,
     ) -> None:
         super().__init__(keys)
         self.mask_key, self.lower, self.upper, self.highest = mask_key, lower, upper, highest
-        self.landmarks = landmarks
+        self.landmarks, self.normative = landmarks, normative
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -79,9 +85,11 @@ class NormalizeBrainIntensityd(MapTransform):
             low, high = np.percentile(values, [self.lower, self.upper])
             if high - low <= 1e-6 * abs(high):
                 raise InputError(f"{name}: the brain has one constant intensity ({low:g}); not an image")
-            scaled = (image - low) / (high - low)
+            scaled = (image - low) / (high - low) * (1 - DARKEST_TISSUE) + DARKEST_TISSUE
             if self.landmarks and Path(self.landmarks).is_file():
                 scaled = standardise(scaled, scaled[inside], *read_landmarks(self.landmarks))
+            elif self.normative:
+                scaled = load_normative(self.normative).match(scaled, inside)
             scaled = scaled.clamp(LOWEST_BRAIN_INTENSITY, self.highest)
             d[key] = MetaTensor(torch.where(inside, scaled, 0.0)).copy_meta_from(d[key])
         return d
@@ -118,7 +126,7 @@ def read_landmarks(path: str) -> tuple[np.ndarray, np.ndarray]:
 def learn_landmarks(
     dataset: Sequence[Mapping[str, torch.Tensor]], path: str, percents: Sequence[float] = PERCENTILES
 ) -> None:
-    """Average the percentiles of a cohort's brains, each scaled to 0 and 1 at the first and last, and write them.
+    """Average the percentiles of a cohort's brains, each scaled to 0.1 and 1 at the first and last, and write them.
 
     Args:
         dataset: its ``image`` is normalised by `NormalizeBrainIntensityd` without landmarks, 0 outside the brain.
@@ -138,74 +146,9 @@ def learn_landmarks(
     for volume in (dataset[i]["image"] for i in range(len(dataset))):
         own = np.percentile(volume[volume > 0].cpu().numpy(), percents)
         found.append((own - own[0]) / (own[-1] - own[0]))
-    intensities = np.mean(found, 0).round(5).tolist()
+    intensities = (np.mean(found, 0) * (1 - DARKEST_TISSUE) + DARKEST_TISSUE).round(5).tolist()
     write_json(path, {"percentiles": list(percents), "intensities": intensities, "subjects": len(found)})
     print(f"{path}: landmarks of {len(found)} scans")
-
-
-class CorrectBiasFieldd(MapTransform):
-    """N4 bias-field correction (Tustison et al. 2010, doi:10.1109/TMI.2010.2046908; ITK's), inside the brain.
-
-    Coils make tissue brighter near them. A localiser takes that for a landmark and then calls every other scanner
-    abnormal, so the field has to go. It is estimated on a shrunken image and divided out at full resolution.
-
-    Args:
-        keys: volumes ``[1, X, Y, Z]``.
-        mask_key: brain mask on the same grid.
-        method: "n4", or "none" to leave the scan as it is. Items of a prepared dataset (``prepared``) are left too.
-        shrunken_mm: voxel size of the shrunken image.
-        iterations: most iterations at each of the fitting levels.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        mask_key: str = "brain_mask",
-        method: str = "n4",
-        shrunken_mm: float = 4.0,
-        iterations: Sequence[int] = (30, 30, 20),
-    ) -> None:
-        super().__init__(keys)
-        if method not in ("n4", "none"):
-            raise InputError(f"bias_field '{method}' is unknown: use 'n4' or 'none'")
-        self.mask_key, self.method = mask_key, method
-        self.shrunken_mm, self.iterations = shrunken_mm, list(iterations)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        if self.method == "none" or d.get("prepared"):
-            return d
-        for key in self.key_iterator(d):
-            values = d[key].as_tensor() * (d[self.mask_key].as_tensor() > 0)
-            negative = float((values < 0).sum() / (d[self.mask_key].as_tensor() > 0).sum().clamp(min=1))
-            if negative > 0.05:  # N4 works on logarithms; a few negative voxels are interpolation's
-                name = d[key].meta.get("filename_or_obj", key)
-                raise InputError(
-                    f"{name}: {negative:.0%} of the brain is negative, but N4 needs raw intensities; "
-                    "--bias_field none leaves it out"
-                )
-            image = to_sitk(MetaTensor(values.clamp(min=0)).copy_meta_from(d[key]))
-            mask = to_sitk(d[self.mask_key], np.uint8)
-            shrink = [max(1, int(self.shrunken_mm / s + 0.5)) for s in image.GetSpacing()]
-            small, small_mask = sitk.Shrink(image, shrink), sitk.Shrink(mask, shrink)
-            # voxels without signal carry no information on the field, and a single one near 0, such as interpolation
-            # leaves at the rim, would stretch the histogram of logarithms, and with it change the whole field
-            brain = values[d[self.mask_key].as_tensor() > 0]
-            least = _LEAST_SIGNAL * float(brain.float().mean()) if brain.numel() else 0.0
-            small_mask = sitk.And(small_mask, sitk.Cast(small > least, sitk.sitkUInt8))
-            correct = sitk.N4BiasFieldCorrectionImageFilter()
-            correct.SetMaximumNumberOfIterations(self.iterations)
-            extent = np.multiply(small.GetSize(), small.GetSpacing())
-            correct.SetNumberOfControlPoints([int(np.ceil(e / _CONTROL_POINT_MM)) + 3 for e in extent])
-            try:
-                correct.Execute(small, small_mask)
-            except RuntimeError as error:
-                name = d[key].meta.get("filename_or_obj", key)
-                raise InputError(f"{name}: bias-field correction failed; --bias_field none leaves it out") from error
-            log_field = from_sitk(correct.GetLogBiasFieldAsImage(image)).as_tensor()
-            corrected = d[key].as_tensor() / log_field.exp().to(values)
-            d[key] = MetaTensor(corrected).copy_meta_from(d[key])
-        return d
 
 
 class CurvatureFlowd(MapTransform):

@@ -122,6 +122,24 @@ def test_recipes_read_the_layouts_that_are_downloaded(tmp_path, name):
     assert all("/orig/" not in s["image"] for s in scans)
 
 
+def test_folders_may_say_the_section(tmp_path):
+    recipe = Recipe({"t1": "raw/{section}/{subject}_t1.nii"}, label="raw/{section}/{subject}_lesion.nii")
+    touch(tmp_path, "raw/Test/a_t1.nii", "raw/Test/a_lesion.nii", "raw/tuning/b_t1.nii", "raw/test/b_lesion.nii")
+    a, b = find_scans(recipe, tmp_path)
+    assert (a["section"], b["section"]) == ("test", "tuning")
+    assert "label" in a and "label" not in b  # one of another section is another's
+    touch(tmp_path, "raw/training/a2_t1.nii")
+    with pytest.raises(InputError, match="a is in 'training' and in 'test'"):
+        find_scans(Recipe(recipe.images, person="[a-z]"), tmp_path)
+    touch(tmp_path, "raw/tests/c_t1.nii")
+    with pytest.raises(InputError, match="'tests' is no section"):
+        find_scans(recipe, tmp_path)
+    for splits in ("splits: {test: 3}", "label: a\nimages: {t1: '{section}/{subject}.nii', t2: '{subject}.nii'}"):
+        (tmp_path / "mine.yaml").write_text(f"images: {{t1: '{{section}}/{{subject}}.nii'}}\n{splits}\n")
+        with pytest.raises(InputError, match="there are no splits"):
+            load_recipe(tmp_path, "mine")
+
+
 def test_splits_are_by_person_seeded_and_complete():
     people = [f"p{i:02d}" for i in range(20) for _ in (1, 2)]
     recipe = Recipe({}, splits={"training": "rest", "validation": 3, "calibration": 4})

@@ -6,20 +6,24 @@ import pytest
 import torch
 from monai.transforms import Compose
 
+from bundle.data import find_scans, load_recipe
 from bundle.data.files import write_volume
 from bundle.errors import InputError
 from bundle.synthesis import (
     TISSUE_ORDER,
     TISSUES,
+    RandCoilShadingd,
     RandSkullStripErrord,
     RandThickSlicesd,
     RandTissueContrastd,
     TissueFractionsd,
+    average_slices,
+    coil_shading,
     draw_brightness,
     write_scans,
 )
 from bundle.transforms import LoadScand
-from tests.conftest import meta
+from tests.conftest import ROOT, meta
 
 LABELS = {"csf": 51, "grey": 100, "deep_grey": 59, "white": 81}  # DLMUSE
 
@@ -116,6 +120,45 @@ def test_thick_slices_average_along_one_axis_and_keep_the_outside(anatomy):
     assert none({"image": noise})["image"] is noise
 
 
+def test_slices_are_averaged_by_their_share():
+    volume = torch.arange(1.0, 6.0).view(1, 1, 1, 5).expand(1, 2, 3, 5)
+    # slabs of 2.5 slices: (1 + 2 + 3 / 2) / 2.5 and (3 / 2 + 4 + 5) / 2.5
+    expected = torch.tensor([1.8, 4.2]).expand(1, 2, 3, 2)
+    torch.testing.assert_close(average_slices(volume, 2, 2), expected)
+    torch.testing.assert_close(average_slices(volume.movedim(-1, 1), 2, 0), expected.movedim(-1, 1))
+    torch.testing.assert_close(average_slices(volume, 5, 2), volume)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slices_left_thick_lie_where_they_were(seed):
+    """A ramp of the world's third coordinate tells it back, whatever the slabs."""
+    affine = np.array([[2, 0, 0, 5], [0, 2, 0, -3], [0.2, 0, 2, 7], [0, 0, 0, 1.0]])
+    index = np.stack([*np.indices((6, 7, 20)), np.ones((6, 7, 20))])
+    world = np.tensordot(affine, index, 1)[2]
+    thick = RandThickSlicesd("image", 2.0, (3.0, 6.0), prob=1.0, axial=1.0, interpolate=False).set_random_state(seed)
+    result = thick({"image": meta(world, affine)})["image"]
+    assert result.shape[:3] == (1, 6, 7) and 6 <= result.shape[3] <= 14
+    assert float(result.affine[2, 2]) == pytest.approx(40 / result.shape[3])
+    index = np.stack([*np.indices(result.shape[1:]), np.ones(result.shape[1:])])
+    np.testing.assert_allclose(result[0], np.tensordot(result.affine.numpy(), index, 1)[2], atol=0.25)  # of 2 mm
+
+
+def test_coils_shade_smoothly_between_their_limits():
+    inside = np.zeros((30, 36, 28), bool)
+    inside[4:-4, 4:-4, 4:-4] = True
+    affine = np.diag([5.0, 5, 5, 1])
+    fields = [coil_shading(inside, affine, 0.3, np.random.RandomState(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(fields[0], fields[1])
+    assert np.abs(fields[0] - fields[2]).max() > 0.1
+    for field in fields:
+        assert field[inside].min() == pytest.approx(0.7) and field[inside].max() == pytest.approx(1.3)
+        assert max(np.abs(np.diff(field, axis=a)).max() for a in range(3)) < 0.08 and field.min() > 0
+    image = meta(inside * 2.0, affine)
+    shaded = RandCoilShadingd("image", (0.2, 0.2)).set_random_state(0)({"image": image})["image"]
+    assert ((shaded[0] > 0).numpy() == inside).all() and float(shaded.max()) == pytest.approx(2.4)
+    assert RandCoilShadingd("image", prob=0.0)({"image": image})["image"] is image
+
+
 def test_skull_stripping_takes_from_the_rim_only(anatomy):
     d = TissueFractionsd()(anatomy)
     strip = RandSkullStripErrord(prob=1.0)
@@ -133,7 +176,7 @@ def test_skull_stripping_takes_from_the_rim_only(anatomy):
 def test_written_scans_are_a_prepared_dataset(tmp_path, anatomy):
     items = []
     for n in range(2):
-        item = {"subject": f"s{n}", "contrast": "t1"}
+        item = {"subject": f"s{n}", "contrast": "t1", "prepared": True}
         for key in ("image", "brain_mask", "anatomy_label"):
             item[key] = f"{key}{n}.nii.gz"
             write_volume(tmp_path / "in" / item[key], anatomy[key][0].numpy().astype(np.float32), np.eye(4))
@@ -160,3 +203,33 @@ def test_written_scans_are_a_prepared_dataset(tmp_path, anatomy):
     (tmp_path / "theirs/datalist.json").write_text("[]")
     with pytest.raises(InputError, match="lists scans of others"):
         write_scans(tmp_path / "in", tmp_path / "theirs", "t2", *chain)
+
+
+def test_raw_scans_lie_in_their_own_head(tmp_path, anatomy):
+    """Turned and moved by the inverse of ``to_atlas``, in whole numbers, each in the folder of its section."""
+    to_atlas = np.array([[0, -1.1, 0, 3], [0.9, 0, 0.1, -4], [0, 0, 1.2, 5], [0, 0, 0, 1.0]])
+    grid = np.diag([2.0, 2, 2, 1])
+    item = {"subject": "IXI1-a", "contrast": "t1", "prepared": True, "to_atlas": to_atlas.tolist()}
+    for key in ("image", "brain_mask", "anatomy_label"):
+        item[key] = f"{key}.nii.gz"
+        write_volume(tmp_path / "in" / item[key], anatomy[key][0].numpy().astype(np.float32), grid)
+    (tmp_path / "in/datalist.json").write_text(json.dumps({"calibration": [item], "tuning": [item]}))
+    scale = Compose([RandTissueContrastd(contrast="flair"), lambda d: {**d, "image": d["image"] * 500}])
+    load = Compose([LoadScand(["image", "brain_mask", "anatomy_label"]), TissueFractionsd()])
+    folder = write_scans(tmp_path / "in", tmp_path / "out", "flair", load, scale, repeats=2, raw=True)
+    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*.nii.gz"))
+    assert files == [f"{s}/IXI1-a_r{n}_flair.nii.gz" for s in ("calibration", "tuning") for n in (0, 1)]
+    scan = nib.load(folder / files[0])
+    np.testing.assert_allclose(to_atlas @ scan.affine, grid, atol=1e-5)
+    values = np.asarray(scan.dataobj)
+    assert values.dtype == np.int16 and ((values > 0) == (anatomy["brain_mask"][0].numpy() > 0)).all()
+    assert 400 < np.percentile(values[values > 0], 99) < 700
+
+    recipe = load_recipe(ROOT / "configs/datasets", "synthetic")
+    with pytest.raises(InputError, match="IXI1 is in 'tuning' and in 'calibration'"):
+        find_scans(recipe, folder)
+    for file in files[2:]:
+        (folder / file).unlink()
+    (one, two) = find_scans(recipe, folder)
+    assert one["person"] == two["person"] == "IXI1" and one["subject"] != two["subject"]
+    assert one["section"] == "calibration" and one["contrast"] == "flair"

@@ -1,0 +1,160 @@
+"""How bright healthy people are at every place, and what a scan's intensities are matched to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from nibabel.filebasedimages import ImageFileError
+
+from bundle.data.datalist import CHAIN
+from bundle.data.files import claim_folder, read_json, write_json
+from bundle.data.population import coarse_affine, coarsen, coarsening, population_maps, read_maps, write_maps
+from bundle.errors import InputError
+from bundle.parallel import is_main
+
+# smoothing of mean and spread: more spreads cortex over white matter (docs/results.md)
+MEAN_MM, SPREAD_MM = 1.0, 1.6
+# voxels within so many spreads of what is expected at their place are taken for healthy, and their quantiles matched
+_INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 6
+# a normal distribution in five equal parts
+_NORMAL = torch.tensor([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
+# of the subjects that must have brain at a place before it counts
+_LEAST_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class NormativeMap:
+    """Mean and spread of healthy intensities in atlas space.
+
+    Attributes:
+        mean, spread: ``[1, h, w, d]``, of intensities as `NormalizeBrainIntensityd` scales them by percentiles.
+        share: of the subjects that have brain there, ``[1, h, w, d]``, in [0, 1].
+        facts: contrast, number of subjects, grid, version of the chain.
+    """
+
+    mean: torch.Tensor
+    spread: torch.Tensor
+    share: torch.Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def on(self, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean, spread and share on a grid ``[H, W, D]`` of the same extent."""
+        if tuple(shape) == tuple(self.mean.shape[1:]):
+            return self.mean, self.spread, self.share
+        maps = torch.stack([self.mean, self.spread, self.share])
+        return tuple(F.interpolate(maps, tuple(shape), mode="trilinear", align_corners=False))  # type: ignore[return-value]
+
+    def match(self, image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+        """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.
+
+        What looks healthy are voxels within 2.5 spreads of the mean of their place; their 15th and 85th percentile are
+        brought to those that such voxels are expected to have, and both is repeated. So a lesion counts for nothing,
+        however large, where percentiles of the whole brain follow it.
+
+        Args:
+            image: ``[1, H, W, D]``, on the scale of the mean more or less (scaled by percentiles).
+            inside: ``[1, H, W, D]`` bool.
+        """
+        mean, spread, share = self.on(image.shape[1:])
+        known = inside.cpu() & (share >= _LEAST_SHARE)
+        values, mean, spread = image.cpu()[known].double(), mean[known].double(), spread[known].double()
+        # a quarter of a million voxels tell two quantiles as well as millions
+        thin = max(1, len(values) // 250_000)
+        values, mean, spread = values[::thin], mean[::thin], spread[::thin]
+        slope, offset = 1.0, 0.0
+        for _ in range(_ROUNDS):
+            healthy = (slope * values + offset - mean).abs() < _INLIERS * spread
+            if healthy.sum() < 100:  # nothing in it is like healthy people; CheckLikenessd tells
+                return image
+            own = np.quantile(values[healthy], _QUANTILES)
+            likely = np.quantile((mean[healthy] + spread[healthy] * _NORMAL[:, None].double()).ravel(), _QUANTILES)
+            if own[1] - own[0] < 1e-6:
+                return image
+            slope = float((likely[1] - likely[0]) / (own[1] - own[0]))
+            offset = float(likely[0] - slope * own[0])
+        return slope * image + offset
+
+
+def normative_file(ckpt_dir: str | Path, contrast: str) -> str:
+    """The normative map of a contrast in a folder of models."""
+    return str(Path(ckpt_dir) / f"normative_{contrast}.json")
+
+
+def fit_normative(
+    dataset: Sequence[Mapping[str, torch.Tensor]],
+    path: str | Path,
+    contrast: str,
+    grid: Mapping[str, Any],
+    mean_mm: float = MEAN_MM,
+    spread_mm: float = SPREAD_MM,
+) -> None:
+    """Fit the normative map to healthy scans and write it, unless the very same lies there already.
+
+    Nothing is trained on it by gradient, so every healthy scan belongs in it but those that thresholds come from.
+
+    Args:
+        dataset: ``image`` ``[1, H, W, D]``, scaled by percentiles (or landmarks), 0 outside the brain.
+        path: of the JSON file; the maps go to ``.nii.gz`` beside it.
+        contrast: of the scans.
+        grid: ``spacing`` (mm), ``spatial_size``, ``center``; stored.
+        mean_mm, spread_mm: sigma of the Gaussian over mean and spread.
+
+    Raises:
+        InputError: fewer than three scans.
+    """
+    if is_main():
+        if len(dataset) < 3:
+            raise InputError(f"{path}: a normative map needs at least 3 healthy scans, got {len(dataset)}")
+        claim_folder(Path(path).parent)
+        factor, spacing = coarsening(float(grid["spacing"])), float(grid["spacing"])
+        volumes = [torch.as_tensor(dataset[i]["image"]).cpu() for i in range(len(dataset))]
+        values = torch.stack([coarsen(v, v > 0, factor) for v in volumes])
+        digest = hashlib.sha256(json.dumps([contrast, CHAIN, mean_mm, spread_mm, dict(grid)]).encode())
+        digest.update(values.numpy().tobytes())
+        facts = {"contrast": contrast, "chain": CHAIN, "subjects": len(values), "grid": dict(grid)}
+        facts |= {"mean_mm": mean_mm, "spread_mm": spread_mm, "made_from": digest.hexdigest()}
+        if not Path(path).is_file() or read_json(path, "normative map").get("made_from") != facts["made_from"]:
+            mean, spread = population_maps(values, mean_mm / spacing / factor, spread_mm / spacing / factor)
+            share = (~values.isnan()).float().mean(0, keepdim=True)
+            affine = coarse_affine(np.asarray(dataset[0]["image"].affine), factor)  # type: ignore[attr-defined]
+            index = write_maps(
+                Path(path).with_suffix(".nii.gz"), {"mean": mean, "spread": spread, "share": share}, affine
+            )
+            write_json(path, {**facts, "maps": index})
+        print(f"{path}: how bright {len(values)} healthy {contrast} scans are at every place", flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@lru_cache(maxsize=4)
+def _read(path: str, _time: int) -> NormativeMap:
+    content = read_json(path, "normative map")
+    if not isinstance(content, dict) or content.get("chain") != CHAIN:
+        raise InputError(f"{path}: of an older version's preparation; prepare the scans and train again")
+    try:
+        maps = read_maps(Path(path).with_suffix(".nii.gz"), content["maps"])
+        return NormativeMap(maps["mean"], maps["spread"], maps["share"], content)
+    except (KeyError, TypeError, ValueError, IndexError, OSError, EOFError, zlib.error, ImageFileError) as error:
+        raise InputError(f"{path}: damaged normative map ({error!r}); run the training again") from error
+
+
+def load_normative(path: str | Path) -> NormativeMap:
+    """Read what `fit_normative` wrote.
+
+    Raises:
+        InputError: missing, damaged, or of another version of the chain.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no normative map beside the model; train it, or name its folder with --ckpt_dir")
+    return _read(str(path), Path(path).stat().st_mtime_ns)
