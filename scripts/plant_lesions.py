@@ -1,4 +1,8 @@
-"""Plant lesions of real shape into healthy scans of a prepared dataset, to measure what is found of them."""
+"""Plant lesions of real shape into raw healthy scans and prepare them: what is found through the whole chain.
+
+OUT/raw holds the planted scans as a scanner would have made them, OUT is the prepared dataset with the sections tuning
+and test, of different people. Can be stopped and started again.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,55 @@ import argparse
 import sys
 from pathlib import Path
 
-from bundle.data.planting import LESION_LOOK, plant_masks
-from bundle.errors import InputError
+import yaml
+from monai.bundle import ConfigParser
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bundle.data.planting import LESION_LOOK, plant_masks  # noqa: E402
+from bundle.errors import report_in_one_line  # noqa: E402
+
+
+def prepare(raw_dir: Path, dataset_dir: Path, overrides: list[str]) -> None:
+    """Run the whole preparation (configs/prepare.json) over the planted scans."""
+    parser = ConfigParser()
+    parser.read_config(str(ROOT / "configs/prepare.json"))
+    settings = dict(item.split("=", 1) for item in overrides)
+    for key, value in settings.items():
+        parser[key] = yaml.safe_load(value)
+    parser["bundle_root"], parser["dataset"] = str(ROOT), "planted"
+    parser["source_dir"], parser["dataset_dir"] = str(raw_dir), str(dataset_dir)
+    parser.get_parsed_content("run")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset_dir", required=True, type=Path, help="prepared dataset")
-    parser.add_argument("--mask_dir", required=True, type=Path, help="lesion masks in atlas space (NIfTI)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_dir", required=True, type=Path, help="prepared dataset of healthy people")
+    parser.add_argument("--mask_dir", required=True, type=Path, nargs="+", help="lesion masks in atlas space (NIfTI)")
     parser.add_argument("--output_dir", required=True, type=Path, help="new dataset with the sections tuning and test")
     parser.add_argument("--contrast", default="t1", choices=LESION_LOOK)
-    parser.add_argument("--section", default="validation", help="of the healthy scans")
+    parser.add_argument(
+        "--section",
+        nargs="+",
+        default=[],
+        help="of the healthy scans, divided by person; default: tuning and test as they are, or validation",
+    )
+    parser.add_argument("--given_mask", action="store_true", help="keep the healthy scan's brain mask")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="of configs/prepare.json")
     args = parser.parse_args()
-    try:
-        print(plant_masks(**vars(args)))
-    except InputError as error:
-        sys.exit(f"plant_lesions: {error}")
+    report_in_one_line()
+    raw = plant_masks(
+        args.dataset_dir,
+        args.mask_dir,
+        args.output_dir / "raw",
+        args.contrast,
+        args.section,
+        args.given_mask,
+        seed=args.seed,
+    )
+    prepare(raw, args.output_dir, args.override)
 
 
 if __name__ == "__main__":

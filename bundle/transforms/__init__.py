@@ -1,14 +1,18 @@
 from .alignment import AlignToAtlasd
 from .brain import BrainMaskd
+from .coverage import EXAMINED, NOT_EXAMINED, MarkCoveraged, RestoreCoveraged
 from .bias import CorrectBiasFieldd
 from .intensity import CurvatureFlowd, NormalizeBrainIntensityd, RandCoarseNoised, learn_landmarks
 from .load import CheckLabelsd, IgnoreLabelsd, LoadScand
 from .normative import NormativeMap, fit_normative, load_normative, normative_file
 from .outside import FillOutsided, MaskOutsided
+from .recovery import RecoverBraind
 from .sampling import AxialSlicesd, DenseLocationsd, FindBrainSlicesd, RandAxialSlicesd, RandPatchesd
 from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
 
 __all__ = [
+    "EXAMINED",
+    "NOT_EXAMINED",
     "AlignToAtlasd",
     "AxialSlicesd",
     "BrainMaskd",
@@ -21,13 +25,16 @@ __all__ = [
     "IgnoreLabelsd",
     "KeepVolumed",
     "LoadScand",
+    "MarkCoveraged",
     "MaskOutsided",
     "NormalizeBrainIntensityd",
     "RandAxialSlicesd",
     "RandCoarseNoised",
     "RandPatchesd",
+    "RecoverBraind",
     "ResampleToGrid",
     "ResampleToGridd",
+    "RestoreCoveraged",
     "NormativeMap",
     "fit_normative",
     "learn_landmarks",

@@ -22,7 +22,8 @@ _LEAST_SIGNAL = 0.1
 _DEGREE = 2  # of the polynomial: what coils around a head make; one degree more follows a large tumour
 _CLASSES = 5  # of brightness
 _NARROWEST = 0.08  # standard deviation of a class, of log brightness
-_BRIGHTEST = 2.0  # robust standard deviations above the median; what is brighter tells nothing about the field
+# robust standard deviations above the median: what is brighter, once the field is known roughly, is lesion or fluid
+_BRIGHTEST, _BRIGHTEST_EVEN = 2.0, 1.5
 _OUTLIERS = 0.01  # density of what belongs to no class, times the range of log brightness
 _LATTICE_MM = 6.0
 _ROUNDS = 40
@@ -73,10 +74,14 @@ def tissue_field(image: np.ndarray, inside: np.ndarray, spacing: float) -> np.nd
     variance = np.full(_CLASSES, ((mean[-1] - mean[0]) / _CLASSES) ** 2 + 0.01)
     share = np.full(_CLASSES, 1 / _CLASSES)
     nowhere = 10 * _OUTLIERS / max(float(np.ptp(log)), 1.0)
-    even = log
-    for _ in range(_ROUNDS):
+    even, dim = log, np.ones(len(log), bool)
+    for number in range(_ROUNDS):
+        if number and number % 10 == 0:
+            level = np.exp(even)
+            middle = np.median(level)
+            dim = level <= middle + _BRIGHTEST_EVEN * 1.4826 * np.median(np.abs(level - middle))
         density = share * np.exp(-0.5 * (even[:, None] - mean) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
-        belongs = density / (density.sum(1, keepdims=True) + nowhere)
+        belongs = density / (density.sum(1, keepdims=True) + nowhere) * dim[:, None]
         total = belongs.sum(0) + 1e-9
         mean = (belongs * even[:, None]).sum(0) / total
         variance = np.maximum((belongs * (even[:, None] - mean) ** 2).sum(0) / total, _NARROWEST**2)

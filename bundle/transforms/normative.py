@@ -26,9 +26,12 @@ from bundle.parallel import is_main
 # smoothing of mean and spread: more spreads cortex over white matter (docs/results.md)
 MEAN_MM, SPREAD_MM = 1.0, 1.6
 # voxels within so many spreads of what is expected at their place are taken for healthy, and their quantiles matched
-_INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 6
+_INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 8
+# which of a scan's quantiles are taken for the ends of its healthy tissue at first: all of it, or all but a large bright
+# or dark lesion; the start that ends with the most inliers is kept
+_STARTS = ((0.05, 0.95), (0.05, 0.7), (0.3, 0.95))
 # a normal distribution in five equal parts
-_NORMAL = torch.tensor([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
+_NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
 # of the subjects that must have brain at a place before it counts
 _LEAST_SHARE = 0.1
 
@@ -68,22 +71,37 @@ class NormativeMap:
         """
         mean, spread, share = self.on(image.shape[1:])
         known = inside.cpu() & (share >= _LEAST_SHARE)
-        values, mean, spread = image.cpu()[known].double(), mean[known].double(), spread[known].double()
-        # a quarter of a million voxels tell two quantiles as well as millions
-        thin = max(1, len(values) // 250_000)
-        values, mean, spread = values[::thin], mean[::thin], spread[::thin]
+        values, mean, spread = (v.cpu()[known].double() for v in (image, mean, spread))
+        # fifty thousand voxels tell two quantiles as well as millions
+        thin = max(1, len(values) // 50_000)
+        values, mean, spread = values[::thin].numpy(), mean[::thin].numpy(), spread[::thin].numpy()
+        if not len(values):
+            return image
+        tried = [self._match(values, mean, spread, *window) for window in _STARTS]
+        _, slope, offset = max(tried, key=lambda found: found[0])
+        return slope * image + offset
+
+    @staticmethod
+    def _match(
+        values: np.ndarray, mean: np.ndarray, spread: np.ndarray, low: float, high: float
+    ) -> tuple[int, float, float]:
+        """Number of inliers, slope and offset, from a start at which the quantiles ``low`` and ``high`` of the scan are
+        those that its least and most bright healthy tissue has.
+        """
+        own, likely = np.quantile(values, [low, high]), np.quantile(mean, [0.05, 0.95])
+        healthy = np.zeros(len(values), bool)
         slope, offset = 1.0, 0.0
         for _ in range(_ROUNDS):
-            healthy = (slope * values + offset - mean).abs() < _INLIERS * spread
-            if healthy.sum() < 100:  # nothing in it is like healthy people; CheckLikenessd tells
-                return image
-            own = np.quantile(values[healthy], _QUANTILES)
-            likely = np.quantile((mean[healthy] + spread[healthy] * _NORMAL[:, None].double()).ravel(), _QUANTILES)
-            if own[1] - own[0] < 1e-6:
-                return image
+            if own[1] - own[0] < 1e-6:  # nothing in it is like healthy people; CheckLikenessd tells
+                return 0, 1.0, 0.0
             slope = float((likely[1] - likely[0]) / (own[1] - own[0]))
             offset = float(likely[0] - slope * own[0])
-        return slope * image + offset
+            healthy = np.abs(slope * values + offset - mean) < _INLIERS * spread
+            if healthy.sum() < 100:
+                return 0, 1.0, 0.0
+            own = np.quantile(values[healthy], _QUANTILES)
+            likely = np.quantile(mean[healthy] + spread[healthy] * _NORMAL[:, None], _QUANTILES)
+        return int(healthy.sum()), slope, offset
 
 
 def normative_file(ckpt_dir: str | Path, contrast: str) -> str:

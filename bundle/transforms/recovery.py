@@ -86,12 +86,11 @@ class RecoverBraind(MapTransform):
         voxel_mm = np.linalg.norm(affine[:3, :3], axis=0)
         deep = (depth >= _RIM_MM) & expected & ~inside
         left_out = _far_regions(deep & signal, inside, voxel_mm, _LEAST_ML / voxel_ml)
-        if left_out.any():
-            near = ndimage.distance_transform_edt(~left_out, sampling=voxel_mm) <= _RIM_MM + _LATTICE_MM
-            left_out |= near & (depth > 0) & signal & ~inside
+        left_out = _grown(left_out, (depth > 0) & signal & ~inside, voxel_mm)
         holes = ndimage.binary_fill_holes(inside) & ~inside & there
         left_out |= _regions(holes, _LEAST_ML / voxel_ml)[0]
         missing = _far_regions(deep & ~signal & ~left_out, inside, voxel_mm, _LEAST_ML / voxel_ml)
+        missing = _grown(missing, (depth > 0) & expected & ~signal & ~inside & ~left_out, voxel_mm)
         if left_out.any():
             added = _bring_back(left_out, inside, np.linalg.inv(to_scan), brain.shape) & (brain == 0) & known
             whole = torch.as_tensor(np.where(added, 1.0, brain), dtype=mask.dtype)[None]
@@ -134,6 +133,14 @@ def _far_regions(where: np.ndarray, inside: np.ndarray, voxel_mm: np.ndarray, le
     return np.isin(labels, kept[np.asarray(reach) >= _LEAST_REACH_MM])
 
 
+def _grown(region: np.ndarray, where: np.ndarray, voxel_mm: np.ndarray) -> np.ndarray:
+    """A region that was looked for below the rim, and what of ``where`` is near enough to be the rim above it."""
+    if not region.any():
+        return region
+    near = ndimage.distance_transform_edt(~region, sampling=voxel_mm) <= _RIM_MM + _LATTICE_MM
+    return region | (near & where)
+
+
 def _bring_back(region: np.ndarray, inside: np.ndarray, to_lattice: np.ndarray, shape: Any) -> np.ndarray:
     """A region beside a mask, from the lattice to the scan's voxels, such that no gap is left between the two.
 
@@ -151,9 +158,7 @@ def _bring_back(region: np.ndarray, inside: np.ndarray, to_lattice: np.ndarray, 
     last = np.clip(np.ceil(places.max(1)).astype(int) + 1, 0, shape)
     start = to_lattice.copy()
     start[:3, 3] += to_lattice[:3, :3] @ first
-    whole, near = (
-        _sample(v.astype(np.float32), start, last - first) >= 0.5 for v in (region | inside, around)
-    )
+    whole, near = (_sample(v.astype(np.float32), start, last - first) >= 0.5 for v in (region | inside, around))
     added = np.zeros(shape, bool)
     added[tuple(slice(a, b) for a, b in zip(first, last))] = whole & near
     return added

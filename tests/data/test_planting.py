@@ -6,12 +6,19 @@ import pytest
 import torch
 from scipy import ndimage
 
-from bundle.data import grid_affine, load_datalist
+from bundle.data import find_scans, grid_affine, load_recipe
+from bundle.data.datalist import CHAIN
 from bundle.data.files import write_volume
-from bundle.data.planting import plant_lesion, plant_masks
+from bundle.data.planting import plant_lesion, plant_masks, share_of_voxels
 from bundle.errors import InputError
+from tests.conftest import ROOT
 
-AFFINE = grid_affine(4.0, (20, 24, 16), (0.0, 0.0, 0.0))
+GRID = grid_affine(4.0, (20, 24, 16), (0.0, 0.0, 0.0))
+# the scans lie turned, moved and smaller by a fifth, and have flat voxels, the first axis from right to left
+TO_ATLAS = np.array([[1.2, 0.1, 0, 6], [-0.1, 1.2, 0, -9], [0, 0, 1.2, 4], [0, 0, 0, 1.0]])
+RAW = np.linalg.inv(TO_ATLAS) @ np.array([[-2.0, 0, 0, 44], [0, 2, 0, -52], [0, 0, 5, -36], [0, 0, 0, 1.0]])
+RAW_SHAPE = (45, 53, 15)
+FINE = grid_affine(2.0, (40, 48, 32), (0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize(("contrast", "sign"), [("t1", -1), ("t2", 1), ("flair", 1)])
@@ -30,53 +37,129 @@ def test_lesions_look_as_the_sequence_shows_them(contrast, sign):
     assert (weak - image).abs().mean() < (planted - image).abs().mean()
 
 
+def test_shares_of_voxels_are_means_over_them():
+    mask = np.zeros((12, 12, 12))
+    mask[3:8, 2:9, 4:7] = 1
+    fine = np.diag([1.0, 1, 1, 1])
+    same = share_of_voxels(mask, fine, mask.shape, fine)
+    np.testing.assert_allclose(same, mask, atol=1e-6)
+    coarse = fine @ np.diag([2.0, 3, 4, 1])
+    coarse[:3, 3] = [0.5, 1, 1.5]  # whole voxels of the mask
+    share = share_of_voxels(mask, fine, (6, 4, 3), coarse)
+    np.testing.assert_allclose(share, mask.reshape(6, 2, 4, 3, 3, 4).mean((1, 3, 5)), atol=1e-6)
+    turned = np.array([[0, -1.0, 0, 11], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    np.testing.assert_allclose(share_of_voxels(mask, turned, mask.shape, fine), np.rot90(mask), atol=1e-6)
+    assert not share_of_voxels(mask, fine, (4, 4, 4), fine @ np.diag([1, 1, 1, 1]) + 30 * np.eye(4, 4, 3)).any()
+    assert not share_of_voxels(mask * 0, fine, (4, 4, 4), fine).any()
+
+
 @pytest.fixture
 def bench(tmp_path):
-    """Three healthy brains, and masks of 1.0, 0.5, 2.3 and (left out) 0.06 ml at 2 mm."""
+    """Raw scans and their prepared brain masks of three healthy people, one of them twice, and masks of 1.0, 0.5, 2.3,
+    1.5 and (left out) 0.06 ml.
+    """
     brain = np.zeros((20, 24, 16), np.uint8)
     brain[2:-2, 2:-2, 2:-2] = 1
     items = []
-    for n in range(3):
+    for n in range(4):
+        raw = (300 + 300 * np.random.RandomState(n).rand(*RAW_SHAPE)).astype(np.float32)
+        write_volume(tmp_path / "scanner" / f"s{n}.nii.gz", raw, RAW)
+        for name in (f"i{n}", f"m{n}"):
+            write_volume(tmp_path / "healthy" / f"{name}.nii.gz", brain, GRID)
         item = {"subject": f"s{n}", "contrast": "t1", "image": f"i{n}.nii.gz", "brain_mask": f"m{n}.nii.gz"}
-        scan = brain * (0.5 + 0.5 * np.random.RandomState(n).rand(*brain.shape)).astype(np.float32)
-        write_volume(tmp_path / "healthy" / item["image"], scan, AFFINE)
-        write_volume(tmp_path / "healthy" / item["brain_mask"], brain, AFFINE)
-        items.append(item)
-    (tmp_path / "healthy" / "datalist.json").write_text(json.dumps({"validation": items}))
-    fine = grid_affine(2.0, (40, 48, 32), (0.0, 0.0, 0.0))
-    for n, size in enumerate(((5, 5, 5), (4, 4, 4), (6, 6, 8), (2, 2, 2))):
+        item |= {"person": f"p{min(n, 2)}", "chain": CHAIN, "to_atlas": TO_ATLAS.tolist()}
+        items.append({**item, "source": {"image": f"../scanner/s{n}.nii.gz"}})
+    (tmp_path / "healthy/datalist.json").write_text(json.dumps({"validation": items}))
+    for n, size in enumerate(((5, 5, 5), (4, 4, 4), (6, 6, 8), (5, 6, 6), (2, 2, 2))):
         mask = np.zeros((40, 48, 32), np.uint8)
         mask[8 : 8 + size[0], 20 : 20 + size[1], 12 : 12 + size[2]] = 1
-        write_volume(tmp_path / "masks" / f"lesion{n}.nii.gz", mask, fine)
+        write_volume(tmp_path / "masks" / f"lesion{n}.nii.gz", mask, FINE)
     return tmp_path
 
 
-def test_every_mask_is_planted_once_and_tuning_is_kept_from_the_test(bench):
+def planted(folder):
+    """The cohort as its recipe reads it, with the number of the scan and the mask each was made from."""
+    scans = find_scans(load_recipe(ROOT / "configs/datasets", "planted"), folder)
+    return [(scan, int(scan["subject"][1]), int(scan["subject"][-1])) for scan in scans]
+
+
+def test_every_mask_is_planted_once_where_it_belongs(bench):
     for folder in ("one", "again"):
         plant_masks(bench / "healthy", bench / "masks", bench / folder, "t1")
-    dealt = {s: load_datalist(bench / "one", s, "t1") for s in ("tuning", "test")}
-    names = [i["subject"].split("_")[1] for items in dealt.values() for i in items]
-    assert sorted(names) == ["lesion0", "lesion1", "lesion2"] and len(dealt["tuning"]) == 2
-    for item in dealt["tuning"] + dealt["test"]:
-        assert item["person"] == item["subject"].split("_")[0]
-        label, image, brain = (nib.load(item[k]).get_fdata() for k in ("label", "image", "brain_mask"))
-        healthy = nib.load(bench / "healthy" / f"i{item['subject'][1]}.nii.gz").get_fdata()
-        ml = {"lesion0": 1.0, "lesion1": 0.512, "lesion2": 2.304}[item["subject"].split("_")[1]]
-        assert label.sum() * 0.064 == pytest.approx(ml, rel=0.5) and (label <= brain).all()
-        # in its place, or mirrored
-        center = AFFINE @ [*ndimage.center_of_mass(label), 1]
-        expected = grid_affine(2.0, (40, 48, 32), (0, 0, 0)) @ [10, 22, 14, 1]
-        np.testing.assert_allclose([abs(center[0]), *center[1:3]], [abs(expected[0]), *expected[1:3]], atol=4)
-        assert (image - healthy)[label > 0].mean() < -0.05
+    scans = planted(bench / "one")
+    assert sorted(mask for _, _, mask in scans) == [0, 1, 2, 3]
+    by_size = {part: {mask for scan, _, mask in scans if scan["section"] == part} for part in ("tuning", "test")}
+    assert by_size == {"tuning": {1, 3}, "test": {0, 2}}
+    people = {part: {scan["subject"][:2] for scan, _, _ in scans if scan["section"] == part} for part in by_size}
+    assert not people["tuning"] & people["test"]
+    assert not {"s2", "s3"} & people["tuning"] or not {"s2", "s3"} & people["test"]  # one person's
+    for scan, number, mask in scans:
+        assert "brain_mask" not in scan
+        image, label = (nib.load(scan[key]) for key in ("image", "label"))
+        np.testing.assert_allclose(image.affine, RAW, atol=1e-4)
+        image, label = image.get_fdata(), label.get_fdata()
+        healthy = nib.load(bench / "scanner" / f"s{number}.nii.gz").get_fdata()
+        atlas_ml = {0: 1.0, 1: 0.512, 2: 2.304, 3: 1.44}[mask]
+        ml = label.sum() * abs(np.linalg.det(RAW[:3, :3])) / 1000
+        assert ml * np.linalg.det(TO_ATLAS) == pytest.approx(atlas_ml, rel=0.35)
+        # in its place in the atlas, or mirrored
+        center = (TO_ATLAS @ RAW @ [*ndimage.center_of_mass(label), 1])[:3]
+        size = {0: (5, 5, 5), 1: (4, 4, 4), 2: (6, 6, 8), 3: (5, 6, 6)}[mask]
+        expected = (FINE @ [*(np.array([8, 20, 12]) + (np.array(size) - 1) / 2), 1])[:3]
+        np.testing.assert_allclose([abs(center[0]), *center[1:]], [abs(expected[0]), *expected[1:]], atol=2)
+        assert (image - healthy)[label > 0].mean() < -30
         far = ndimage.binary_dilation(label, iterations=3) == 0
-        np.testing.assert_allclose(image[far], healthy[far], atol=1e-4)
-        same = nib.load(item["image"].replace("/one/", "/again/")).get_fdata()
+        np.testing.assert_array_equal(image[far], healthy[far])
+        same = nib.load(scan["image"].replace("/one/", "/again/")).get_fdata()
         np.testing.assert_array_equal(image, same)
 
 
-def test_no_masks_are_told(bench):
+def test_a_second_run_does_what_is_left_and_replaces_what_was_dealt_otherwise(bench):
+    use = (bench / "healthy", bench / "masks", bench / "out", "t1")
+    plant_masks(*use)
+    files = sorted((bench / "out").rglob("*.nii.gz"))
+    before = {f: f.stat().st_mtime_ns for f in files}
+    files[0].unlink()
+    plant_masks(*use)
+    changed = {f for f, time in before.items() if f.stat().st_mtime_ns != time}
+    assert files[0] in changed and changed <= {f for f in files if f.name[:10] == files[0].name[:10]}
+    plant_masks(*use, given_mask=True, volume_ml=(0.9, 9))
+    scans = planted(bench / "out")
+    assert sorted(mask for _, _, mask in scans) == [0, 2, 3]  # the smallest is gone
+    mask = nib.load(scans[0][0]["brain_mask"])
+    share = mask.get_fdata().sum() * abs(np.linalg.det(TO_ATLAS @ RAW)) / (16 * 20 * 12 * 4**3)
+    assert share == pytest.approx(1, abs=0.1)
+
+
+def test_families_and_sections_are_told_apart(bench):
+    items = json.loads((bench / "healthy/datalist.json").read_text())["validation"]
+    (bench / "healthy/datalist.json").write_text(json.dumps({"test": items[:1], "tuning": items[1:2]}))
+    (bench / "masks").rename(bench / "small")
+    (bench / "other").symlink_to(bench / "small")
+    plant_masks(bench / "healthy", [bench / "small", bench / "other"], bench / "out", "t1")
+    scans = planted(bench / "out")
+    assert len(scans) == 8
+    assert {scan["section"]: scan["subject"][:2] for scan, _, _ in scans} == {"test": "s0", "tuning": "s1"}
+    assert {scan["subject"].split("__")[1].split("-")[0] for scan, _, _ in scans} == {"small", "other"}
+    with pytest.raises(InputError, match="one person in test"):
+        plant_masks(bench / "healthy", bench / "small", bench / "out", "t1", ["test"])
+
+
+def test_what_is_missing_is_told(bench):
+    use = (bench / "healthy", bench / "masks", bench / "out", "t1")
     (bench / "empty").mkdir()
     with pytest.raises(InputError, match="no lesion masks"):
-        plant_masks(bench / "healthy", bench / "empty", bench / "out", "t1")
+        plant_masks(use[0], bench / "empty", *use[2:])
     with pytest.raises(InputError, match="no mask of 50 to 60 ml"):
-        plant_masks(bench / "healthy", bench / "masks", bench / "out", "t1", volume_ml=(50, 60))
+        plant_masks(*use, volume_ml=(50, 60))
+    content = json.loads((bench / "healthy/datalist.json").read_text())
+    for item in content["validation"]:
+        item["source"]["image"] = "gone.nii.gz"
+    (bench / "healthy/datalist.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="gone.*not there"):
+        plant_masks(*use)
+    for item in content["validation"]:
+        del item["source"]
+    (bench / "healthy/datalist.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="names no raw scan"):
+        plant_masks(*use)

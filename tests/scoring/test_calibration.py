@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from bundle.errors import InputError
 from bundle.scoring import SCORES, CheckLikenessd, fit_calibration, load_calibration, save_calibration
-from bundle.scoring.calibration import _median, model_hash, population_maps, within_scan
+from bundle.scoring.calibration import model_hash, within_scan
 from tests.conftest import ellipsoid
 
 SHAPE = (14, 16, 10)
@@ -33,33 +33,6 @@ def healthy():
 @pytest.fixture(scope="module")
 def calibration(healthy):
     return fit_calibration(*healthy, "t1", spacing=2.0, smoothing_mm=2.0, filter_mm=0)
-
-
-def test_median_ignores_nan_like_numpy():
-    values = torch.randn(7, 5, 4)
-    values[torch.rand(values.shape) < 0.4] = torch.nan
-    values[:, 0, 0] = torch.nan
-    with np.errstate(all="ignore"):
-        np.testing.assert_allclose(_median(values), np.nanmedian(values.numpy(), 0), rtol=1e-6)
-
-
-def test_unsmoothed_maps_are_median_and_mad():
-    values = torch.randn(9, 6, 5, 4) * 2 + 7
-    mean, spread = population_maps(values, sigma_voxels=0, prior_subjects=0)
-    median = np.median(values.numpy(), 0)
-    np.testing.assert_allclose(mean[0], median, rtol=1e-5)
-    mad = 1.4826 * np.median(np.abs(values.numpy() - median), 0)
-    np.testing.assert_allclose(spread[0], np.maximum(mad, 0.25 * np.sort(mad.ravel())[(mad.size - 1) // 2]), rtol=1e-4)
-
-
-def test_one_outlier_and_voxels_of_few_brains_do_no_harm():
-    values = torch.randn(11, 8, 8, 8)
-    values[3] += 100
-    values[:, :2] = torch.nan
-    values[0, 1] = 50.0  # a voxel that only one brain has, and that one is odd
-    mean, spread = population_maps(values, sigma_voxels=1.0)
-    assert mean.isfinite().all() and spread.isfinite().all() and (spread > 0).all()
-    assert mean[0, 3:].abs().max() < 1.5 and mean[0, 0].abs().max() < 30
 
 
 def test_z_means_the_same_everywhere(healthy, calibration):

@@ -1,0 +1,112 @@
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+
+from bundle.errors import InputError
+from bundle.transforms import NormalizeBrainIntensityd, fit_normative, load_normative
+from tests.conftest import ellipsoid, meta
+
+SHAPE = (24, 28, 20)
+GRID = {"spacing": 4.0, "spatial_size": list(SHAPE), "center": [0, 0, 0]}
+
+
+@pytest.fixture(scope="module")
+def brain():
+    return ellipsoid(SHAPE, (11, 13, 9))
+
+
+@pytest.fixture(scope="module")
+def anatomy():
+    rng = np.random.default_rng(0)
+    return np.kron(rng.uniform(0.2, 0.9, (6, 7, 5)), np.ones((4, 4, 4)))
+
+
+def person(anatomy, brain, seed):
+    rng = np.random.default_rng(100 + seed)
+    return brain * (anatomy + rng.normal(0, 0.05, SHAPE)) * 500
+
+
+@pytest.fixture(scope="module")
+def normative(tmp_path_factory, anatomy, brain):
+    path = tmp_path_factory.mktemp("models") / "normative_t2.json"
+    scale = NormalizeBrainIntensityd("image")
+    people = [scale({"image": meta(person(anatomy, brain, s)), "brain_mask": meta(brain)}) for s in range(12)]
+    fit_normative(people, path, "t2", GRID)
+    return path
+
+
+def normalised(image, brain, path=None):
+    normalise = NormalizeBrainIntensityd("image", normative=None if path is None else str(path))
+    return normalise({"image": meta(image), "brain_mask": meta(brain)})["image"][0].numpy()
+
+
+def test_mean_and_spread_are_those_of_the_people(normative, anatomy, brain):
+    maps = load_normative(normative)
+    inside = ellipsoid(SHAPE, (9, 11, 7)) > 0
+    one = normalised(person(anatomy, brain, 99), brain)
+    assert maps.facts["subjects"] == 12 and maps.facts["contrast"] == "t2"
+    assert np.corrcoef(maps.mean[0].numpy()[inside], one[inside])[0, 1] > 0.9
+    assert (maps.share[0].numpy()[inside] == 1).all() and (maps.share[0, 0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("brightness", [1200.0, 20.0])
+def test_a_lesion_of_a_fifth_of_the_brain_does_not_move_the_rest(normative, anatomy, brain, brightness):
+    image = person(anatomy, brain, 99)
+    lesion = ellipsoid(SHAPE, (7, 8, 6), (14, 15, 10)) * brain > 0
+    assert 0.15 < lesion.sum() / brain.sum() < 0.3
+    rest = (brain > 0) & ~lesion
+    planted = np.where(lesion, brightness, image)
+    moved = np.abs(normalised(planted, brain, normative) - normalised(image, brain, normative))[rest]
+    by_percentiles = np.abs(normalised(planted, brain) - normalised(image, brain))[rest]
+    assert moved.mean() < 0.02
+    assert brightness < 100 or by_percentiles.mean() > 3 * moved.mean()
+
+
+def test_units_do_not_matter_and_twice_is_once(normative, anatomy, brain):
+    image = person(anatomy, brain, 99)
+    one, other = normalised(image, brain, normative), normalised(brain * (3 * image - 40), brain, normative)
+    np.testing.assert_allclose(one, other, atol=1e-4)
+    again = normalised(one, brain, normative)
+    np.testing.assert_allclose(again[brain > 0], one[brain > 0], atol=0.02)
+
+
+def test_what_is_unlike_all_people_is_left_at_its_percentiles(normative, brain):
+    image = brain * (np.indices(SHAPE).sum(0) % 2) * 1000.0 + brain
+    assert np.isfinite(normalised(image, brain, normative)).all()
+
+
+def test_a_finer_grid_uses_the_same_map(normative, anatomy, brain):
+    double = [np.kron(v, np.ones((2, 2, 2))) for v in (person(anatomy, brain, 99), brain)]
+    fine = normalised(*double, normative)
+    coarse = normalised(person(anatomy, brain, 99), brain, normative)
+    assert np.abs(fine[::2, ::2, ::2] - coarse)[brain > 0].mean() < 0.02
+
+
+def test_the_same_scans_give_the_same_file_and_others_another(tmp_path, anatomy, brain):
+    scans = [{"image": MetaTensor(torch.as_tensor(person(anatomy, brain, s))[None] / 500)} for s in range(4)]
+    path = tmp_path / "normative_t1.json"
+    fit_normative(scans, path, "t1", GRID)
+    before, known = path.stat().st_mtime_ns, load_normative(path).mean
+    fit_normative(scans, path, "t1", GRID)
+    assert path.stat().st_mtime_ns == before
+    fit_normative(scans[1:], path, "t1", GRID)
+    assert path.stat().st_mtime_ns != before and not torch.equal(load_normative(path).mean, known)
+
+
+def test_what_is_no_normative_map_is_refused(tmp_path, normative, anatomy, brain):
+    with pytest.raises(InputError, match="at least 3"):
+        fit_normative([], tmp_path / "normative_t1.json", "t1", GRID)
+    with pytest.raises(InputError, match="no normative map"):
+        load_normative(tmp_path / "normative_t1.json")
+    content = json.loads(normative.read_text())
+    for change, message in (({"chain": 1}, "older version"), ({"maps": {}}, "damaged")):
+        file = tmp_path / "normative_t2.json"
+        file.write_text(json.dumps({**content, **change}))
+        (tmp_path / "normative_t2.nii.gz").write_bytes(normative.with_suffix(".nii.gz").read_bytes())
+        os.utime(file, ns=(len(message), len(message)))
+        with pytest.raises(InputError, match=message):
+            load_normative(file)
