@@ -21,12 +21,14 @@ class Findings(NamedTuple):
     Attributes:
         heatmap: float32 ``[X, Y, Z]`` on the scan's voxels, healthy spreads above usual.
         lesion: uint8 ``[X, Y, Z]``, 1 is lesion.
-        summary: as `bundle.reports.viewer.describe_findings` makes it, with ``threshold``.
+        summary: as `bundle.reports.viewer.describe_findings` makes it, with ``threshold`` and ``not_examined_percent``.
+        coverage: uint8 ``[X, Y, Z]``, 0 not brain, 1 brain that was looked at, 2 brain that was not.
     """
 
     heatmap: np.ndarray
     lesion: np.ndarray
     summary: dict[str, Any]
+    coverage: np.ndarray
 
 
 class LesionFinder:
@@ -79,5 +81,5 @@ class LesionFinder:
             if known is None or known is error:
                 raise
             raise known from error
-        heatmap, lesion = data["heatmap"][0].numpy(), data["lesion"][0].numpy()
-        return Findings(heatmap.astype(np.float32), lesion.astype(np.uint8), data["result"])
+        heatmap, lesion, coverage = (data[key][0].numpy() for key in ("heatmap", "lesion", "coverage"))
+        return Findings(heatmap.astype(np.float32), lesion.astype(np.uint8), data["result"], coverage.astype(np.uint8))

@@ -15,18 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from bundle.networks import PatchLocator
+from bundle.networks import PatchLocator, save_weights
 from bundle.scoring.calibration import model_hash
-from tests.conftest import GRID, ROOT, run_bundle, write_nifti
+from tests.conftest import ROOT, run_bundle, write_nifti
 
 
 @pytest.fixture(scope="module")
 def models(cohort, grid_file, tmp_path_factory):
-    """A model of random weights, calibrated: bad input does not care how good it is."""
+    """A model that was hardly trained, calibrated: bad input does not care how good it is."""
     folder = tmp_path_factory.mktemp("models")
-    torch.save(PatchLocator(patch_size=GRID["patch_size"]).state_dict(), folder / "model.pt")
-    result = run_bundle("calibration", "calibrate", grid_file, "--dataset_dir", cohort, "--ckpt_dir", folder)
-    assert result.returncode == 0, result.stderr
+    use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
+    for run in (
+        ("training", "train", grid_file, *use, "--max_epochs", 1),
+        ("calibration", "calibrate", grid_file, *use),
+    ):
+        result = run_bundle(*run)
+        assert result.returncode == 0, result.stderr
     return folder
 
 
@@ -176,7 +180,7 @@ class Code:
 
 
 def other_network(folder):
-    torch.save(PatchLocator(patch_size=12).state_dict(), folder / "model.pt")
+    save_weights(PatchLocator(patch_size=12), folder / "model.pt")
 
 
 def truncated_model(folder):
@@ -189,7 +193,26 @@ def code_in_the_model(folder):
 
 def another_model(folder):
     weights = torch.load(folder / "model.pt", weights_only=True)
-    torch.save({k: v + 1 for k, v in weights.items()}, folder / "model.pt")
+    for value in weights.values():
+        value += 1
+    torch.save(weights, folder / "model.pt")
+
+
+def older_model(folder):
+    """Weights as an earlier version wrote them, which say nothing of their chain, with a calibration of their own."""
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    torch.save(dict(weights), folder / "model.pt")
+    file = folder / "calibration_t1.json"
+    content = json.loads(file.read_text())
+    content["provenance"]["model_sha256"] = model_hash(folder / "model.pt", "t1")
+    file.write_text(json.dumps(content))
+
+
+def older_calibration(folder):
+    file = folder / "calibration_t1.json"
+    content = json.loads(file.read_text())
+    del content["provenance"]["chain"]
+    file.write_text(json.dumps(content))
 
 
 def truncated_maps(folder):
@@ -209,6 +232,8 @@ def broken_calibration(folder):
         ("calibration", truncated_model, "no weights of the configured PatchLocator"),
         ("calibration", code_in_the_model, "no weights of the configured PatchLocator"),
         ("evaluation", another_model, "made with another model"),
+        ("inference", older_model, "trained by an older version"),
+        ("inference", older_calibration, "older version; run the calibration again"),
         ("inference", truncated_maps, "damaged calibration"),
         ("inference", broken_calibration, "cannot be read"),
     ],

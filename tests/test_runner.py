@@ -380,7 +380,9 @@ def test_another_reconstruction_model_is_refused(fused, cohort, grid_file, tmp_p
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = torch.load(folder / "reconstruction_t1.pt", weights_only=True)
-    torch.save({k: v + 1 for k, v in weights.items()}, tmp_path / "reconstruction_t1.pt")
+    for value in weights.values():
+        value += 1
+    torch.save(weights, tmp_path / "reconstruction_t1.pt")
     result = run_bundle("evaluation", "evaluate", grid_file, "--dataset_dir", cohort, "--ckpt_dir", tmp_path, *fusion)
     assert result.returncode == 2 and "another reconstruction model" in result.stderr.splitlines()[-1]
 

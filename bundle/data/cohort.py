@@ -20,7 +20,6 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 import yaml
-from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from bundle.errors import InputError, explain
 from .atlas import atlas_overlap, contrast_doubt, load_atlas
 from .datalist import CHAIN, VOLUME_KEYS
 from .files import claim_folder, read_json, write_json, write_volume
+from .own_volume import scan_to_atlas
 
 SECTIONS = ("training", "validation", "calibration", "tuning", "test")
 # of the items that are written; part of what a prepared scan was made from
@@ -257,7 +257,7 @@ class Preparation:
         """Run one scan through the chain, save it, and return its item for ``datalist.json``.
 
         The item also tells ``atlas_overlap``: Dice of its brain mask and the atlas' on the grid, 1 is perfect; and
-        ``flags``, if there is any doubt about the scan.
+        ``not_examined``, the share of its brain that the grid leaves out, and ``flags``, if there are any.
         The record is written last: where it and the files exist, the scan is done and not touched again.
         """
         name = f"{scan['subject']}_{scan['contrast']}"
@@ -288,7 +288,9 @@ class Preparation:
                 (self.dataset_dir / file).unlink(missing_ok=True)
             raise
         item.update(subject=scan["subject"], person=scan["person"], contrast=scan["contrast"], chain=CHAIN)
-        item.update(atlas_overlap=round(overlap, 4), to_atlas=_to_atlas(data["image"]).tolist())
+        item.update(atlas_overlap=round(overlap, 4), to_atlas=scan_to_atlas(data["image"]).tolist())
+        if data.get("not_examined"):
+            item["not_examined"] = round(float(data["not_examined"]), 4)
         doubts = [data.get("flags", ""), "" if self.atlas else contrast_doubt(data["image"], scan["contrast"], atlas)]
         if any(doubts):
             item["flags"] = "; ".join(filter(None, doubts))
@@ -296,12 +298,6 @@ class Preparation:
         item["source"] = {k: os.path.relpath(scan[k], self.dataset_dir) for k in ("image", "label") if k in scan}
         write_json(record, {"item": item, "made_from": made_from})
         return item
-
-
-def _to_atlas(image: MetaTensor) -> np.ndarray:
-    """4x4 matrix from the world of the scan, as it was, to the atlas': what its registration left in the history."""
-    steps = [step["extra_info"].get("scan_to_atlas") for step in image.applied_operations if "extra_info" in step]
-    return np.array(next((matrix for matrix in steps if matrix is not None), np.eye(4)), float)
 
 
 def _require_own_list(folder: Path, source_dir: Path) -> None:

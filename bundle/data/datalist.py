@@ -23,7 +23,7 @@ from .files import is_dicom, is_nifti, is_there, read_json, stem, write_volume
 CHAIN = 2
 VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
 _KNOWN_KEYS = {*VOLUME_KEYS, "subject", "person", "contrast", "to_atlas", "ignored_labels", "source", "fusion_maps"}
-_KNOWN_KEYS |= {"atlas_overlap", "flags", "purpose", "volume_ml", "name", "chain", "prepared"}
+_KNOWN_KEYS |= {"atlas_overlap", "flags", "purpose", "volume_ml", "name", "chain", "prepared", "not_examined"}
 _UNREAD = {".mgz", ".mgh", ".img", ".nrrd", ".nhdr", ".mha", ".mhd"}
 _LONGEST_NAME = 150  # bytes; names of results are longer, and file systems take 255
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
@@ -311,7 +311,8 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
         warnings.warn(f"{unread[0]}: not read, like {len(unread)} files of such formats; convert them to NIfTI")
     for base in [b for b in files if b.endswith("_heatmap")]:  # results of an earlier run are no scans
         del files[base]
-        files.pop(base.removesuffix("_heatmap") + "_lesion", None)
+        for result in ("_lesion", "_coverage"):
+            files.pop(base.removesuffix("_heatmap") + result, None)
     scans: dict[str, dict[str, Any]] = {}
     companions = []
     for base, file in files.items():

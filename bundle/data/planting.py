@@ -247,8 +247,8 @@ def plant_masks(
             image, own_affine, brain, to_atlas = read_raw(scan)
             mirror = np.diag([-1.0 if mirrored else 1.0, 1, 1, 1])  # the atlas is symmetric about its midline
             soft = share_of_voxels(mask, mirror @ affine, image.shape, to_atlas)
-            tensors = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image, brain, soft))
-            changed, label = plant_lesion(*tensors, contrast, strength, rng)
+            volume, inside, lesion_share = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image, brain, soft))
+            changed, label = plant_lesion(volume, inside, lesion_share, contrast, strength, rng)
             if not label.any():  # too small for the scan's voxels, or outside its brain
                 print(f"{base}: no voxel of {image.shape} is lesion by half; left out")
                 continue

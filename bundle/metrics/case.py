@@ -38,7 +38,7 @@ class CaseMeasures:
         values: name -> figure, NaN where it is not defined; see docs/evaluation.md. ``dice_tuned`` comes later, when
             the threshold is known.
         curve: counts per score.
-        lesion_ml: volume of each lesion.
+        lesion_ml: volume of each lesion, ml of the scan itself.
         lesion_found: whether it was found, bool.
         false_findings: number of findings that touch no lesion.
         marked_share: of the brain's voxels, those in the mask.
@@ -53,7 +53,12 @@ class CaseMeasures:
 
 
 def measure_case(
-    heatmap: np.ndarray, found: np.ndarray, label: np.ndarray, brain: np.ndarray, spacing: Sequence[float]
+    heatmap: np.ndarray,
+    found: np.ndarray,
+    label: np.ndarray,
+    brain: np.ndarray,
+    spacing: Sequence[float],
+    voxel_ml: float | None = None,
 ) -> CaseMeasures:
     """Measure a heatmap and its lesion mask against the truth.
 
@@ -64,6 +69,7 @@ def measure_case(
     Args:
         heatmap, found, label, brain: ``[X, Y, Z]``: scores (outside the brain the lowest), mask, truth, mask.
         spacing: of the voxels, mm.
+        voxel_ml: what a voxel holds of the scan itself, where that is not what its edges say, as on the atlas.
     """
     lesion = label > 0
     keep = (brain | lesion) & (label >= 0)
@@ -89,5 +95,5 @@ def measure_case(
             pred, truth = (torch.as_tensor(m)[None, None] for m in (found, lesion))
             distance = compute_hausdorff_distance(pred, truth, True, percentile=95, spacing=list(spacing))
             values["hausdorff95_mm"] = float(distance)
-    voxel_ml = float(np.prod(spacing)) / 1000
+    voxel_ml = float(np.prod(spacing)) / 1000 if voxel_ml is None else voxel_ml
     return CaseMeasures(values, curve, sizes * voxel_ml, hit, false, marked / max(int((brain & keep).sum()), 1))

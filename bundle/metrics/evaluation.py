@@ -11,6 +11,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, ResampleToMatch
 
+from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError
 from bundle.scoring import INTENSITY_SCORES, CalibrationFile, FindLesionsd, score_of
 from bundle.transforms import FillOutsided, IgnoreLabelsd, KeepVolumed, LoadScand, MaskOutsided
@@ -57,7 +58,7 @@ class CompareMethodsd(MapTransform):
             else:
                 d[f"heatmap_{name}"] = score_of(name, calibration, d, self.keys[0], self.image_key)
                 threshold = calibration.threshold(name, self.find_lesions.quantile)
-                d[f"lesion_{name}"] = self.find_lesions.cut(d[f"heatmap_{name}"], threshold)
+                d[f"lesion_{name}"] = self.find_lesions.cut(d[f"heatmap_{name}"], threshold, d.get("to_atlas"))
         return d
 
 
@@ -98,7 +99,7 @@ class ToSpaced(MapTransform):
         if not Path(file).exists():
             raise InputError(f"{file}: the scan as it was is gone; evaluate with --space atlas or prepare it again")
         target = self.load({"scan": file})["scan"]
-        to_atlas = np.asarray(d.get("to_atlas", np.eye(4)), float)
+        to_atlas = np.asarray(d.get("to_atlas", np.eye(4)) if "source" in d else np.eye(4), float)
         methods = method_keys(d, "score").values()
         heatmaps, lesions = ([keys[i] for keys in methods] for i in (0, 1))
         d["brain"] = MetaTensor((d["image"].as_tensor().cpu() > 0).float()).copy_meta_from(d["image"])
@@ -108,19 +109,24 @@ class ToSpaced(MapTransform):
             d[key] = self.resample(MetaTensor(d[key].as_tensor().cpu().float(), affine=affine), img_dst=target)
         d = KeepVolumed(lesions)(FillOutsided(heatmaps, "brain")(d))
         d["image"] = d["image"].clamp(min=1e-3) * d["brain"]
+        if "source" in d:
+            d["to_atlas"] = np.eye(4)  # undone
         return IgnoreLabelsd("label")({**d, "label": target}) if of == "label" else d
 
 
 def measure_methods(data: Mapping[Hashable, Any], score: str) -> dict[str, CaseMeasures]:
-    """All methods of one scan measured; its brain is where ``image`` is above 0, no ``label`` means no lesion."""
+    """All methods of one scan measured; its brain is where ``image`` is above 0, no ``label`` means no lesion. Volumes
+    are the scan's own, by its item's ``to_atlas`` (see `own_voxel_mm3`).
+    """
     image = data["image"]
     brain = image.as_tensor().cpu().numpy()[0] > 0
     label = data["label"].as_tensor().cpu().numpy()[0] if "label" in data else np.zeros(brain.shape)
     spacing = np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0).tolist()
+    voxel_ml = own_voxel_mm3(image, data.get("to_atlas")) / 1000
     volumes = {
         key: data[key].as_tensor().cpu().numpy()[0] for keys in method_keys(data, score).values() for key in keys
     }
     return {
-        name: measure_case(volumes[heatmap], volumes[lesion] > 0, label, brain, spacing)
+        name: measure_case(volumes[heatmap], volumes[lesion] > 0, label, brain, spacing, voxel_ml)
         for name, (heatmap, lesion) in method_keys(data, score).items()
     }

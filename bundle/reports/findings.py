@@ -34,7 +34,10 @@ from bundle.scoring import CalibrationFile, FindLesionsd
 
 from .figure import draw_report, heat_scale
 
-COLUMNS = ("name", "lesion_volume_ml", "lesions", "max_score", "mean_score", "seconds", "status")
+COLUMNS = (
+    *("name", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
+    *("not_examined_percent", "seconds", "status"),
+)
 
 
 def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str, ...] | list[str]) -> None:
@@ -107,14 +110,15 @@ class SaveFindings:
     folder with the same settings included.
 
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
-    (float32), ``NAME_lesion.nii.gz`` (uint8), both on the input's grid, and ``NAME_report.png``. The ``status`` of its
+    (float32), ``NAME_lesion.nii.gz`` and ``NAME_coverage.nii.gz`` (uint8; 0 not brain, 1 brain that was looked at, 2
+    brain that was not), all on the input's grid, and ``NAME_report.png``. The ``status`` of its
     row is "ok", "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans
     are done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that
     holds anything else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
 
     Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label`` on the atlas grid,
-    ``heatmap_atlas`` and ``lesion_atlas`` there too, ``heatmap`` and ``lesion`` back on the input's grid, and
-    ``result`` as `LabelMapd` makes it.
+    ``heatmap_atlas`` and ``lesion_atlas`` there too, ``heatmap``, ``lesion`` and ``coverage`` back on the input's grid,
+    and ``result`` as `LabelMapd` makes it.
 
     Args:
         output_dir: OUT.
@@ -211,7 +215,10 @@ class SaveFindings:
             "lesions": len(figures["lesions"]),
             "max_score": f"{figures['max_score']:.3f}",
             "mean_score": f"{figures['mean_score']:.3f}",
+            "not_examined_percent": f"{figures['not_examined_percent']:.1f}",
         }
+        percent = row["not_examined_percent"]
+        left_out = "" if percent == "0.0" else f", {percent} % of the brain not examined"
         doubt = f"\nFLAGGED: {output['flags']}" if output.get("flags") else ""
         header = nifti_header(output["image"].meta["filename_or_obj"])
         label, fusion = output.get("label"), self.find_lesions.calibration.load().fusion
@@ -223,9 +230,11 @@ class SaveFindings:
                 partial / f"{name}_heatmap.nii.gz", volumes["heatmap"].astype(np.float32), heatmap.affine, header
             )
             write_volume(partial / f"{name}_lesion.nii.gz", found.astype(np.uint8), lesion.affine, header)
+            coverage = np.asarray(output["coverage"][0]).astype(np.uint8)
+            write_volume(partial / f"{name}_coverage.nii.gz", coverage, lesion.affine, header)
             draw_report(
                 partial / f"{name}_report.png",
-                f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{doubt}",
+                f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}",
                 np.asarray(output["image"][0].cpu()),
                 volumes["heatmap_atlas"],
                 volumes["lesion_atlas"],
@@ -264,7 +273,8 @@ def as_list(batch: Any) -> list[dict[str, Any]]:
 
 def _require_ours(folder: Path) -> None:
     """Raises: InputError: what is there is not the results of a scan."""
-    results = {f"{folder.name}_{what}" for what in ("heatmap.nii.gz", "lesion.nii.gz", "report.png")}
+    kinds = ("heatmap.nii.gz", "lesion.nii.gz", "coverage.nii.gz", "report.png")
+    results = {f"{folder.name}_{what}" for what in kinds}
     if folder.exists() and not (
         folder.is_dir() and all(f.name in results or f.name.startswith(".") for f in folder.iterdir())
     ):

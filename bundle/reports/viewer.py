@@ -13,11 +13,12 @@ from monai.transforms import MapTransform
 from skimage.measure import label as connected
 from skimage.measure import regionprops
 
+from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError
 from bundle.scoring import FindLesionsd
-from bundle.transforms.brain import mask_volume_ml
+from bundle.transforms import NOT_EXAMINED
 
-LABELS = {"background": 0, "mild": 1, "moderate": 2, "strong": 3, "lesion": 4}
+LABELS = {"background": 0, "mild": 1, "moderate": 2, "strong": 3, "lesion": 4, "not_examined": 5}
 LABEL_MAPS = ("graded", "lesion", "heatmap")
 
 
@@ -26,17 +27,20 @@ def chosen(options: Any) -> Any:
     return options[0] if isinstance(options, list) else options
 
 
-def describe_findings(heatmap: MetaTensor, lesion: MetaTensor, brain_mask: torch.Tensor) -> dict[str, Any]:
+def describe_findings(
+    heatmap: MetaTensor, lesion: MetaTensor, brain_mask: torch.Tensor, to_atlas: Any = None
+) -> dict[str, Any]:
     """A scan in figures, all plain numbers: ``max_score`` and ``mean_score`` of its brain, ``lesion_volume_ml``, and
     ``lesions`` (26 neighbours), the strongest first, with ``volume_ml``, ``max_score`` and ``center_mm`` (RAS).
 
     Args:
         heatmap, lesion, brain_mask: ``[1, X, Y, Z]`` on one grid.
+        to_atlas: of the scan's item, if it has one, see `own_voxel_mm3`: volumes are the scan's own.
     """
     scores, found = heatmap[0].numpy(), lesion[0].numpy() > 0
     inside = scores[np.asarray(brain_mask[0]) > 0]
     affine = np.asarray(heatmap.affine)
-    ml = mask_volume_ml(np.ones(1), heatmap)
+    ml = own_voxel_mm3(heatmap, to_atlas) / 1000
     lesions = [
         {
             "volume_ml": float(region.area * ml),
@@ -55,16 +59,18 @@ def describe_findings(heatmap: MetaTensor, lesion: MetaTensor, brain_mask: torch
 
 class LabelMapd(MapTransform):
     """Add what MONAI Label sends to a viewer, under the names it looks for: ``pred``, a label map on the scan's grid,
-    and ``result``, figures (see `describe_findings`, the ``threshold``, and ``flags`` where there are doubts).
+    and ``result``, figures (see `describe_findings`, the ``threshold``, ``not_examined_percent`` of the brain, and
+    ``flags`` where there are doubts).
 
     Args:
         keys: the heatmap ``[1, X, Y, Z]`` on the scan's own grid (one key).
         find_lesions: what made the lesion mask; tells the thresholds.
-        label_map: "graded" (1 mild, 2 moderate, 3 strong, which is the lesion mask), "lesion" (4) or "heatmap" (the
-            scores themselves, float).
+        label_map: "graded" (1 mild, 2 moderate, 3 strong, which is the lesion mask), "lesion" (4), both with what of
+            the brain was not looked at (5), or "heatmap" (the scores themselves, float).
         grades: shares of healthy voxels below which a voxel is not yet mild, or moderate. Regions that are too small
             for a lesion are too small for these as well.
-        lesion_key, mask_key: lesion and brain mask on the same grid.
+        lesion_key, mask_key, coverage_key: lesion, brain and coverage mask (see `MarkCoveraged`; may be missing) on the
+            same grid.
 
     Raises:
         InputError: an unknown ``label_map``; grades that the calibration does not hold.
@@ -78,27 +84,31 @@ class LabelMapd(MapTransform):
         grades: Sequence[float] = (0.995, 0.998),
         lesion_key: str = "lesion",
         mask_key: str = "brain_mask",
+        coverage_key: str = "coverage",
     ) -> None:
         super().__init__(keys)
         if label_map not in LABEL_MAPS:
             raise InputError(f"label_map '{label_map}' is unknown: use one of {', '.join(LABEL_MAPS)}")
         self.find_lesions, self.label_map, self.grades = find_lesions, label_map, grades
-        self.lesion_key, self.mask_key = lesion_key, mask_key
+        self.lesion_key, self.mask_key, self.coverage_key = lesion_key, mask_key, coverage_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         heatmap, lesion = d[self.keys[0]].cpu(), d[self.lesion_key].cpu()
-        result = describe_findings(heatmap, lesion, d[self.mask_key].cpu())
+        result = describe_findings(heatmap, lesion, d[self.mask_key].cpu(), d.get("to_atlas"))
         d["result"] = {**result, "score": self.find_lesions.score, "threshold": self.find_lesions.threshold()}
+        d["result"]["not_examined_percent"] = 100 * float(d.get("not_examined", 0.0))
         if d.get("flags"):
             d["result"]["flags"] = d["flags"]
         if self.label_map == "heatmap":
             d["pred"] = heatmap.clone()
             return d
         marked = torch.zeros(heatmap.shape, dtype=torch.uint8)
+        if self.coverage_key in d:
+            marked[d[self.coverage_key].as_tensor().cpu() == NOT_EXAMINED] = LABELS["not_examined"]
         if self.label_map == "graded":
             for value, threshold in zip((LABELS["mild"], LABELS["moderate"]), self._grades()):
-                marked[self.find_lesions.cut(heatmap, threshold).as_tensor() > 0] = value
+                marked[self.find_lesions.cut(heatmap, threshold, d.get("to_atlas")).as_tensor() > 0] = value
         marked[lesion.as_tensor() > 0] = LABELS["strong" if self.label_map == "graded" else "lesion"]
         d["pred"] = MetaTensor(marked).copy_meta_from(heatmap)
         return d

@@ -94,10 +94,11 @@ class Calibration:
 
         Args:
             name: "location" (the sum of both channels, each calibrated, calibrated again), "squared_error" or
-                "variance" (one calibrated channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (z-score of the
-                intensity at its place, signed so that lesions are high, bounded, slightly smoothed), "intensity" (signed), "intensity_opposite" (its other
-                tail), a name in `extra_maps` (calibrated), "fusion" (of any of these). All but those of
-                the intensity are filtered and, calibrated, brought to the scan's own usual level, see `within_scan`.
+                "variance" (one calibrated channel), "uncalibrated" (the paper's sum as it is), "atlas_z" (z-score of
+                the intensity at its place, signed so that lesions are high, bounded and slightly smoothed), "intensity"
+                (signed), "intensity_opposite" (its other tail), a name in `extra_maps` (calibrated), "fusion" (of any
+                of these). All but those of the intensity are filtered and, calibrated, brought to the scan's own usual
+                level, see `within_scan`.
             channels: anomaly channels ``[2, H, W, D]``.
             image: normalised intensities ``[1, H, W, D]``, 0 outside the brain.
             maps: of other methods ``[1, H, W, D]``, by name.
@@ -353,7 +354,8 @@ def load_calibration(
             raise InputError(f"{path}: made by an older version; run the calibration again (docs/README.md)")
         if about["model_sha256"] != model_hash(model_file, content["contrast"]):
             raise InputError(
-                f"{path}: made with another model (or landmarks) than {model_file}; run the calibration again"
+                f"{path}: made with another model (or landmarks, or normative map) than {model_file}; "
+                "run the calibration again"
             )
         reconstruction = reconstruction_hash(model_file, content["contrast"])
         if "reconstruction_mean" in content["maps"] and reconstruction not in (None, about["reconstruction_sha256"]):

@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, RemoveSmallObjects
 
 from bundle.data.atlas import contrast_doubt, load_atlas
+from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError, flag
 
 from .calibration import SCORES, Calibration, CalibrationFile
@@ -130,7 +131,8 @@ class FindLesionsd(MapTransform):
         calibration: of the model and contrast; holds the thresholds.
         quantile: of the healthy scores, above which a voxel is lesion.
         threshold: score to use instead of the calibration's; see `chosen_threshold`.
-        min_lesion_mm3: connected components (26 neighbours) below this volume are removed, mm^3.
+        min_lesion_mm3: connected components (26 neighbours) below this volume are removed, mm^3 of the scan itself,
+            also where the heatmap lies on the atlas.
         output_key: where the mask (float 0 and 1) goes.
     """
 
@@ -147,7 +149,7 @@ class FindLesionsd(MapTransform):
         super().__init__(keys)
         self.score, self.calibration, self.quantile = score, calibration, quantile
         self.fixed_threshold, self.output_key = chosen_threshold(threshold), output_key
-        self.remove_small = RemoveSmallObjects(int(min_lesion_mm3), connectivity=3, by_measure=True)
+        self.min_lesion_mm3 = float(min_lesion_mm3)
 
     def threshold(self) -> float:
         """The score above which a voxel is lesion; `InputError` if the calibration holds no such quantile."""
@@ -155,10 +157,15 @@ class FindLesionsd(MapTransform):
             return self.fixed_threshold
         return self.calibration.load().threshold(self.score, self.quantile)
 
-    def cut(self, heatmap: MetaTensor, threshold: float) -> MetaTensor:
-        """Mask (float 0 and 1) of the voxels above ``threshold``, without what is too small."""
+    def cut(self, heatmap: MetaTensor, threshold: float, to_atlas: Any = None) -> MetaTensor:
+        """Mask (float 0 and 1) of the voxels above ``threshold``, without what is too small; ``to_atlas`` as in
+        `own_voxel_mm3`.
+        """
         lesion = MetaTensor((heatmap.as_tensor() > threshold).float()).copy_meta_from(heatmap)
-        return MetaTensor(self.remove_small(lesion)) if lesion.any() else lesion
+        voxels = self.min_lesion_mm3 / own_voxel_mm3(heatmap, to_atlas)
+        least = math.ceil(voxels * (1 - 1e-6))  # what is just as large as the limit stays
+        return MetaTensor(RemoveSmallObjects(least, connectivity=3)(lesion)) if lesion.any() else lesion
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        return {**data, self.output_key: self.cut(data[self.keys[0]], self.threshold())}
+        lesion = self.cut(data[self.keys[0]], self.threshold(), data.get("to_atlas"))
+        return {**data, self.output_key: lesion}

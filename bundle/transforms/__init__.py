@@ -1,7 +1,7 @@
 from .alignment import AlignToAtlasd
+from .bias import CorrectBiasFieldd
 from .brain import BrainMaskd
 from .coverage import EXAMINED, NOT_EXAMINED, MarkCoveraged, RestoreCoveraged
-from .bias import CorrectBiasFieldd
 from .intensity import CurvatureFlowd, NormalizeBrainIntensityd, RandCoarseNoised, learn_landmarks
 from .load import CheckLabelsd, IgnoreLabelsd, LoadScand
 from .normative import NormativeMap, fit_normative, load_normative, normative_file
@@ -28,6 +28,7 @@ __all__ = [
     "MarkCoveraged",
     "MaskOutsided",
     "NormalizeBrainIntensityd",
+    "NormativeMap",
     "RandAxialSlicesd",
     "RandCoarseNoised",
     "RandPatchesd",
@@ -35,7 +36,6 @@ __all__ = [
     "ResampleToGrid",
     "ResampleToGridd",
     "RestoreCoveraged",
-    "NormativeMap",
     "fit_normative",
     "learn_landmarks",
     "load_normative",

@@ -173,6 +173,8 @@ class CorrectBiasFieldd(MapTransform):
                 field = tissue_field(positive[0].numpy(), inside[0].cpu().numpy(), spacing)
             low, high = np.percentile(field[inside[0].cpu().numpy()], [1, 99])
             if high > _WIDEST_FIELD * low:
-                d = flag(d, f"its brightness changes {high / low:.1f} times across the brain; no coil's field is that wide")
+                d = flag(
+                    d, f"its brightness changes {high / low:.1f} times across the brain; no coil's field is that wide"
+                )
             d[key] = MetaTensor(image.as_tensor() / torch.as_tensor(field).to(image.as_tensor())).copy_meta_from(image)
         return d

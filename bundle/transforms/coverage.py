@@ -90,6 +90,6 @@ class RestoreCoveraged(MapTransform):
             affine = np.linalg.inv(scan_to_atlas(d[key])) @ np.asarray(d[key].affine, float)
             # from index to index: whole steps along the axes, in another order
             order = nib.io_orientation(np.linalg.inv(np.asarray(like, float)) @ affine)
-            turned = nib.orientations.apply_orientation(d[key].as_tensor()[0].numpy(), order)
+            turned = nib.orientations.apply_orientation(d[key].as_tensor()[0].cpu().numpy(), order)
             d[key] = MetaTensor(torch.as_tensor(np.ascontiguousarray(turned))[None], affine=like)
         return d

@@ -27,8 +27,8 @@ from bundle.parallel import is_main
 MEAN_MM, SPREAD_MM = 1.0, 1.6
 # voxels within so many spreads of what is expected at their place are taken for healthy, and their quantiles matched
 _INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 8
-# which of a scan's quantiles are taken for the ends of its healthy tissue at first: all of it, or all but a large bright
-# or dark lesion; the start that ends with the most inliers is kept
+# which of a scan's quantiles are taken for the ends of its healthy tissue at first: all, or all but a large lesion,
+# bright or dark; the start that ends with the most inliers is kept
 _STARTS = ((0.05, 0.95), (0.05, 0.7), (0.3, 0.95))
 # a normal distribution in five equal parts
 _NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])

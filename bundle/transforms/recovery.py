@@ -17,8 +17,8 @@ from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import flag
 
 _LATTICE_MM = 2.0
-# A healthy mask may leave out a rim: of 50 healthy masks one left out a piece of 1 ml at this depth below the surface of
-# the atlas' brain, and it reached 4 mm from the mask. What a mask cut off reaches further.
+# A healthy mask may leave out a rim: of 50 healthy masks one left out a piece of 1 ml at this depth below the surface
+# of the atlas' brain, and it reached 4 mm from the mask. What a mask cut off reaches further.
 _RIM_MM, _LEAST_REACH_MM = 6.0, 5.0
 _LEAST_ML, _LEAST_MISSING_ML = 1.0, 3.0
 _LEAST_SIGNAL = 0.1  # of the brain's median; fluid on FLAIR has more, air has less
@@ -28,7 +28,7 @@ _LEAST_OVERLAP = 0.8
 
 @lru_cache(maxsize=2)
 def _atlas_depth(template: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Of an atlas in steps of about 2 mm: depth below the surface of its brain ``[X, Y, Z]`` (mm, 0 outside), affine."""
+    """Of an atlas in steps of about 2 mm: depth below its brain's surface ``[X, Y, Z]`` (mm, 0 outside), and affine."""
     mask = load_atlas(template).brain_mask
     affine = np.asarray(mask.affine, float)
     steps = [max(1, round(_LATTICE_MM / voxel)) for voxel in np.linalg.norm(affine[:3, :3], axis=0)]
@@ -39,7 +39,7 @@ def _atlas_depth(template: str | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _sample(volume: np.ndarray, matrix: np.ndarray, shape: Any, outside: float = 0.0) -> np.ndarray:
-    """``volume`` at the voxels of another grid, linearly; ``matrix`` leads from their indices to those of ``volume``."""
+    """``volume`` at the voxels of another grid, linearly; ``matrix`` leads from their indices to its own."""
     return ndimage.affine_transform(
         volume, matrix, output_shape=tuple(shape), output=np.float32, order=1, mode="constant", cval=outside
     )

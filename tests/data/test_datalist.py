@@ -4,11 +4,15 @@ import os
 import pytest
 
 from bundle.data import evaluation_items, list_scans, load_datalist
-from bundle.data.datalist import write_item
+from bundle.data.datalist import CHAIN, write_item
 from bundle.errors import InputError
 
 
-def dataset(folder, content, files=()):
+def dataset(folder, content, files=(), prepared=True):
+    """A dataset whose items say that they are prepared."""
+    if prepared and isinstance(content, dict):
+        for item in (i for items in content.values() for i in items if isinstance(i, dict)):
+            item.setdefault("prepared", True)
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text("")
@@ -25,6 +29,7 @@ def test_items_get_absolute_paths_and_keep_what_is_unknown(tmp_path):
         "brain_mask": str(tmp_path / "m/a.nii.gz"),
         "age": 40,
         "contrast": "t1",
+        "prepared": True,
         "name": "a",
     }
 
@@ -61,6 +66,22 @@ def test_required_keys_are_named(tmp_path):
     dataset(tmp_path, {"test": [{"image": "a.nii", "label": "a.nii", "age": None}, {"image": "a.nii"}]}, ["a.nii"])
     with pytest.raises(InputError, match="item 1 of 'test' has no 'label'"):
         load_datalist(tmp_path, "test", require=["label"])
+
+
+def test_only_what_says_so_is_prepared(tmp_path):
+    """A list that others wrote holds scans like any other; what an older chain prepared is refused."""
+    dataset(tmp_path, {"test": [{"image": "a.nii"}]}, ["a.nii"], prepared=False)
+    assert list_scans(tmp_path)[0]["prepared"] is False
+    with pytest.raises(InputError, match="not prepared; run the preparation"):
+        load_datalist(tmp_path, "test")
+    for ours in ({"chain": CHAIN}, {"chain": CHAIN, "atlas_overlap": 0.95}, {"prepared": True}):
+        dataset(tmp_path, {"test": [{"image": "a.nii", **ours}]}, prepared=False)
+        assert load_datalist(tmp_path, "test")[0]["prepared"] is True
+    for old in ({"chain": CHAIN - 1}, {"atlas_overlap": 0.95}, {"chain": CHAIN - 1, "prepared": True}):
+        dataset(tmp_path, {"test": [{"image": "a.nii", **old}]}, prepared=False)
+        for read in (lambda: list_scans(tmp_path), lambda: load_datalist(tmp_path, "test")):
+            with pytest.raises(InputError, match="older version; run the preparation again"):
+                read()
 
 
 def test_missing_dataset_is_named(tmp_path):

@@ -7,7 +7,7 @@ from monai.data import MetaTensor
 
 from bundle.errors import InputError
 from bundle.inference import AutocastInferer, PatchLocationInferer
-from bundle.networks import PatchLocator
+from bundle.networks import PatchLocator, save_weights
 from bundle.scoring import anomaly_channels
 from tests.conftest import ellipsoid
 from tests.networks.test_patch_locator import trained
@@ -95,13 +95,13 @@ def test_weights_are_loaded_once_and_those_of_another_network_refused(volume, tm
     torch.manual_seed(1)
     scan = volume[None, None]
     own, given = (PatchLocator(P, channels=4, features=8).eval() for _ in range(2))
-    torch.save(own.state_dict(), tmp_path / "model.pt")
+    save_weights(own, tmp_path / "model.pt")
     inferer = PatchLocationInferer(P, model_file=str(tmp_path / "model.pt"))
     expected = PatchLocationInferer(P)(scan, own)
     torch.testing.assert_close(inferer(scan, given), expected)
     (tmp_path / "model.pt").unlink()
     torch.testing.assert_close(inferer(scan, given), expected)
-    torch.save(PatchLocator(P, channels=4, features=16).state_dict(), tmp_path / "model.pt")
+    save_weights(PatchLocator(P, channels=4, features=16), tmp_path / "model.pt")
     with pytest.raises(InputError, match=r"model.pt: no weights of the configured PatchLocator"):
         inferer(scan, PatchLocator(P, channels=4, features=8))
 

@@ -5,6 +5,7 @@ from torch import nn
 
 from bundle.errors import InputError
 from bundle.inference import ReconstructionMapd
+from bundle.networks import save_weights
 from tests.conftest import ellipsoid, meta
 
 BRAIN = ellipsoid((12, 14, 9), (5, 6, 3.5))
@@ -24,7 +25,7 @@ class Halve(nn.Module):
 
 @pytest.fixture
 def weights(tmp_path):
-    torch.save(Halve().state_dict(), tmp_path / "reconstruction_t1.pt")
+    save_weights(Halve(), tmp_path / "reconstruction_t1.pt")
     return tmp_path / "reconstruction_t1.pt"
 
 
@@ -64,6 +65,6 @@ def test_without_weights_there_is_no_map_and_other_weights_are_refused(tmp_path,
         weights.write_bytes(content)
         with pytest.raises(InputError, match=r"reconstruction_t1.pt: no weights of the configured Halve"):
             ReconstructionMapd("image", Halve(), weights, "t1")(data)
-    torch.save(nn.Linear(2, 2).state_dict(), weights)
+    save_weights(nn.Linear(2, 2), weights)
     with pytest.raises(InputError, match="no weights of the configured Halve"):
         ReconstructionMapd("image", Halve(), weights, "t1")(data)

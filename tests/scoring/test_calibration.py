@@ -8,9 +8,11 @@ import torch
 from monai.data import MetaTensor
 from scipy import ndimage
 
+from bundle.data.datalist import CHAIN
 from bundle.errors import InputError
-from bundle.scoring import SCORES, CheckLikenessd, fit_calibration, load_calibration, save_calibration
+from bundle.scoring import SCORES, CheckLikenessd, fit_calibration, load_calibration, model_file, save_calibration
 from bundle.scoring.calibration import model_hash, within_scan
+from bundle.transforms import NormativeMap
 from tests.conftest import ellipsoid
 
 SHAPE = (14, 16, 10)
@@ -75,8 +77,25 @@ def test_scores_are_what_they_are_called(healthy, calibration):
     dark = calibration.score("intensity", channels[0], images[0])
     torch.testing.assert_close(dark[inside], -images[0][inside])  # T1w lesions are dark
     bright = replace(calibration, contrast="flair").score("atlas_z", channels[0], images[0])
-    expected = (images[0] - calibration.mean["intensity"]) / calibration.spread["intensity"]
-    torch.testing.assert_close(bright[inside], expected[inside])
+    z = ((images[0] - calibration.mean["intensity"]) / calibration.spread["intensity"]).clamp(-4, 10)[0].numpy()
+    weight = inside[0].numpy().astype(float)
+    blur = [ndimage.gaussian_filter(v, 1.0, mode="constant", truncate=8) for v in (z * weight, weight)]  # 2 mm
+    assert np.corrcoef(bright[0].numpy()[weight > 0], (blur[0] / blur[1].clip(1e-6))[weight > 0])[0, 1] > 0.999
+
+
+def test_the_normative_map_of_other_scans_takes_the_place_of_their_own(healthy):
+    mean, spread = torch.full((1, *SHAPE), 0.3), torch.full((1, *SHAPE), 0.05)
+    fitted = fit_calibration(*healthy, "t1", 2.0, normative=NormativeMap(mean, spread, torch.ones_like(mean)))
+    assert torch.equal(fitted.mean["intensity"], mean) and torch.equal(fitted.spread["intensity"], spread)
+    usual = fit_calibration(*healthy, "t1", 2.0)
+    assert fitted.threshold("variance", 0.99) == usual.threshold("variance", 0.99)
+    assert fitted.threshold("atlas_z", 0.99) != usual.threshold("atlas_z", 0.99)
+
+
+def test_no_contrast_is_scored_by_anothers_model(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"t1")
+    assert model_file(tmp_path, "t1") == str(tmp_path / "model.pt")
+    assert model_file(tmp_path, "t2") == str(tmp_path / "model_t2.pt")
 
 
 def test_channels_are_filtered_but_baselines_are_not(healthy, calibration):
@@ -121,7 +140,7 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
     model.write_bytes(b"weights")
     other.write_bytes(b"others")
     grid = {"spacing": 2.0, "spatial_size": list(SHAPE), "center": [0.0, 0.0, 0.0]}
-    about = {**calibration.provenance, "model_sha256": model_hash(model, "t1"), "grid": grid}
+    about = {**calibration.provenance, "chain": CHAIN, "model_sha256": model_hash(model, "t1"), "grid": grid}
     bound = replace(calibration, provenance=about)
     path = tmp_path / "calibration_t1.json"
     save_calibration(bound, path, np.eye(4))
@@ -131,12 +150,18 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
     assert loaded.quantiles == calibration.quantiles and loaded.provenance["subjects"] == 12
     with pytest.raises(InputError, match="another model"):
         load_calibration(path, other)
+    save_calibration(replace(bound, provenance={**about, "chain": CHAIN - 1}), tmp_path / "old.json", np.eye(4))
+    with pytest.raises(InputError, match="older version; run the calibration again"):
+        load_calibration(tmp_path / "old.json", model, grid)
     (tmp_path / "landmarks_t2.json").write_text("{}")  # of another contrast
     assert load_calibration(path, model).quantiles == calibration.quantiles
     (tmp_path / "landmarks_t1.json").write_text("{}")
     with pytest.raises(InputError, match="landmarks"):
         load_calibration(path, model)
-    (tmp_path / "landmarks_t1.json").unlink()
+    (tmp_path / "landmarks_t1.json").rename(tmp_path / "normative_t1.json")
+    with pytest.raises(InputError, match="normative"):
+        load_calibration(path, model)
+    (tmp_path / "normative_t1.json").unlink()
     for other_grid in ({**grid, "spacing": 1.0}, {**grid, "center": [0.0, 0.0, 9.0]}):
         with pytest.raises(InputError, match="another grid"):
             load_calibration(path, model, other_grid)
