@@ -62,7 +62,7 @@ def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> 
 def brain(device: torch.device, quick: bool) -> torch.Tensor:
     """The atlas' brain on the paper's grid of 1 mm (quick: 2 mm), ``[1, 1, H, W, D]``, 0 outside."""
     atlas = load_atlas()
-    grid = ResampleToGrid(2.0, (96, 96, 50), CENTER) if quick else ResampleToGrid(1.0, (192, 192, 100), CENTER)
+    grid = ResampleToGrid(2.0, (96, 96, 76), CENTER) if quick else ResampleToGrid(1.0, (192, 192, 100), CENTER)
     inside = grid(atlas.brain_mask, "nearest").as_tensor() > 0
     image = grid(atlas.template).as_tensor()
     return torch.where(inside, image.clamp(0.05, 1), 0.0)[None].to(device)

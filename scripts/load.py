@@ -19,13 +19,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import torch
 import yaml
 from nilearn.datasets import load_mni152_template
 from scipy import ndimage
 
 from bundle.data.phantom import make_cohort
-from bundle.networks import PatchLocator
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = {"spacing": 6.0, "spatial_size": [32, 32, 16], "patch_size": 8, "min_lesion_mm3": 0.0}
@@ -59,14 +57,14 @@ def watch(command: list[str], summary: Path) -> tuple[np.ndarray, float, int]:
 def many(number: int, folder: Path) -> None:
     """``number`` copies of a phantom, one run; without workers and with two."""
     cohort, models = folder / "cohort", folder / "models"
-    make_cohort(cohort, {"calibration": 4, "test": 1}, 6.0, [32, 32, 16], (0.0, -17.0, 5.0), radii_mm=(14.0, 20.0))
-    models.mkdir()
-    torch.manual_seed(0)
-    torch.save(PatchLocator(patch_size=8).state_dict(), models / "model.pt")
+    subjects = {"training": 4, "validation": 1, "calibration": 4, "test": 1}
+    make_cohort(cohort, subjects, 6.0, [32, 32, 16], (0.0, -17.0, 5.0), radii_mm=(14.0, 20.0))
     (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
-    files = {name: f"['configs/{name}.json','{folder / 'grid.yaml'}']" for name in ("calibrate", "inference")}
+    files = {name: f"['configs/{name}.json','{folder / 'grid.yaml'}']" for name in ("train", "calibrate", "inference")}
     use = ("--ckpt_dir", models, "--dataset_dir")
-    subprocess.run(runner("calibration", files["calibrate"], *use, cohort), cwd=ROOT, check=True, capture_output=True)
+    for run_id, name, *more in (("training", "train", "--max_epochs", "1"), ("calibration", "calibrate")):
+        command = runner(run_id, files[name], *use, cohort, *more)
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (item,) = json.loads((cohort / "datalist.json").read_text())["test"]
     (folder / "scans").mkdir()
     for k in range(number):

@@ -46,8 +46,8 @@ def planted_contrast(
     """Contrast of a planted lesion to its surroundings, in spreads of the healthy twin's brain.
 
     The change (planted minus twin) that exceeds the mean change of the surroundings is summed over the lesion and its
-    margin, and divided by the lesion's volume (the sum of ``soft``). Voxels that are not ``inside`` any more add nothing
-    but still count as lesion: they are lost. Any linear scale of the intensities gives the same.
+    margin, and divided by the lesion's volume (the sum of ``soft``). Voxels that are not ``inside`` any more add
+    nothing but still count as lesion: they are lost. Any linear scale of the intensities gives the same.
 
     Args:
         planted, twin: ``[X, Y, Z]``.

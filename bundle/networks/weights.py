@@ -41,7 +41,7 @@ def save_weights(network: nn.Module, path: str | Path, about: Mapping[str, Any] 
     write_torch(path, flat)
 
 
-def load_weights(network: nn.Module, model_file: str | Path) -> None:
+def load_weights(network: Any, model_file: str | Path) -> None:
     """Put a flat state dict into a network.
 
     Raises:

@@ -31,6 +31,7 @@ from bundle.data.files import (
 from bundle.errors import InputError, explain
 from bundle.parallel import gather, is_main
 from bundle.scoring import CalibrationFile, FindLesionsd
+from bundle.transforms import normative_file
 
 from .figure import draw_report, heat_scale
 
@@ -61,8 +62,10 @@ def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict
 
 
 def calibration_files(calibration: CalibrationFile) -> list[str | Path]:
-    """The files that a calibration stands for: model, maps and thresholds."""
-    return [calibration.model_file, calibration.path, Path(calibration.path).with_suffix(".nii.gz")]
+    """The files that a calibration stands for: model, maps, thresholds, and the normative map where there is one."""
+    normative = Path(normative_file(Path(calibration.model_file).parent, calibration.load().contrast))
+    maps = [Path(calibration.path).with_suffix(".nii.gz"), normative, normative.with_suffix(".nii.gz")]
+    return [calibration.model_file, calibration.path, *(file for file in maps if file.is_file())]
 
 
 def _scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:

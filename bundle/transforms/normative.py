@@ -56,7 +56,8 @@ class NormativeMap:
         if tuple(shape) == tuple(self.mean.shape[1:]):
             return self.mean, self.spread, self.share
         maps = torch.stack([self.mean, self.spread, self.share])
-        return tuple(F.interpolate(maps, tuple(shape), mode="trilinear", align_corners=False))  # type: ignore[return-value]
+        mean, spread, share = F.interpolate(maps, tuple(shape), mode="trilinear", align_corners=False)
+        return mean, spread, share
 
     def match(self, image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.
@@ -69,12 +70,11 @@ class NormativeMap:
             image: ``[1, H, W, D]``, on the scale of the mean more or less (scaled by percentiles).
             inside: ``[1, H, W, D]`` bool.
         """
-        mean, spread, share = self.on(image.shape[1:])
-        known = inside.cpu() & (share >= _LEAST_SHARE)
-        values, mean, spread = (v.cpu()[known].double() for v in (image, mean, spread))
+        maps = self.on(image.shape[1:])
+        known = inside.cpu() & (maps[2] >= _LEAST_SHARE)
         # fifty thousand voxels tell two quantiles as well as millions
-        thin = max(1, len(values) // 50_000)
-        values, mean, spread = values[::thin].numpy(), mean[::thin].numpy(), spread[::thin].numpy()
+        thin = max(1, int(known.sum()) // 50_000)
+        values, mean, spread = (v.cpu()[known][::thin].double().numpy() for v in (image, maps[0], maps[1]))
         if not len(values):
             return image
         tried = [self._match(values, mean, spread, *window) for window in _STARTS]
