@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--ckpt_dir", default=str(ROOT / "models"))
     parser.add_argument("--contrast", default="t1")
     parser.add_argument("--healthy", required=True, help="prepared dataset: calibration, validation")
+    parser.add_argument("--section", default="validation", help="of the healthy dataset, for false alarms")
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME=DATASET:SECTION", help="datasets with labels")
     parser.add_argument("--filter_mm", nargs="*", type=float, default=[], help="sigmas to compare")
     parser.add_argument("--fusion", nargs="*", default=[], metavar="RULE:MAP=WEIGHT,...", help="fusions to compare")
@@ -228,14 +229,16 @@ def main() -> None:
             }
     else:
         calibrations["calibration of the model"] = {"": bench.parser.get_parsed_content("calibration").load()}
-    healthy = list(bench.scans(args.healthy, "validation"))
+    healthy = list(bench.scans(args.healthy, args.section))
     tests = {}
     for test in args.test:
         name, where = test.split("=", 1)
         tests[name] = list(bench.scans(*where.rsplit(":", 1)))
     results: dict[str, Any] = {}
     for key, fitted in calibrations.items():
-        scores = {"location": (fitted[""], "location")}
+        scores = {name: (fitted[""], name) for name in ("location", "atlas_z")}
+        if fitted[""].fusion is not None:
+            scores["fusion"] = (fitted[""], "fusion")
         scores |= {str(c.fusion): (c, "fusion") for c in fitted.values() if c.fusion is not None}
         results[key] = {
             f"healthy, held out, {name}": false_alarms(calibration, healthy, bench.spacing, score)

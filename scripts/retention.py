@@ -2,9 +2,11 @@
 
 Planted: each lesion goes into one raw healthy scan, whose twin is the same scan without it. Mask and alignment are
 found on the planted scan, as for a patient's, and serve both; field and normalisation are each scan's own. The figure
-is the lesion's contrast to its surroundings after a step, in robust spreads of the twin's brain, as a share of what was
-planted (`bundle.metrics.retention.planted_contrast`); what the mask cut off counts as lost. Whether a lesion pulls the
-registration is not seen here.
+is the lesion's contrast to its surroundings (`bundle.metrics.retention.planted_contrast`) after a step as a share of
+what a chain would leave that the lesion does not disturb: up to the grid, of what was planted; then, of the same change
+with the twin's own field and scale. So neither a field that rightly lifts a lesion in the dark nor a brain that is more
+even without its shading passes for a gain. What the mask cut off is lost. Whether a lesion pulls the registration is
+not seen here.
 
 Shading: raw scans are shaded by a sum of Gaussian coil sensitivities (+-30 % in the brain); the share of it that is
 gone after the bias correction. And the variation of white matter (where the atlas has little else) before and after it.
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import torch
+import yaml
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
@@ -40,7 +43,7 @@ from bundle.data.files import nifti_header, read_json, write_json, write_volume 
 from bundle.data.planting import LESION_LOOK, plant_lesion, read_masks, read_raw, share_of_voxels  # noqa: E402
 from bundle.errors import InputError, explain, report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
-from bundle.metrics.retention import planted_contrast, real_contrast, shading_removed, variation  # noqa: E402
+from bundle.metrics.retention import planted_contrast, real_contrast, robust_spread, shading_removed, variation  # noqa: E402
 from bundle.synthesis import coil_shading  # noqa: E402
 
 STEPS = {
@@ -153,7 +156,9 @@ def soft_lesion(
 
 
 def follow_planted(chain: Chain, scan: dict[str, Any], what: Any, contrast: str, seed: list[int]) -> dict[str, float]:
-    """Contrast after every step, the first "planted"; empty if the lesion does not show."""
+    """Share of the contrast left after every step; ``planted`` is that contrast in spreads of the raw scan, ``ml`` the
+    lesion's volume. Empty if the lesion does not show.
+    """
     rng = np.random.RandomState(seed)
     image, affine, brain, to_atlas = read_raw(scan)
     soft = soft_lesion(what, brain, affine, to_atlas, rng)
@@ -163,12 +168,26 @@ def follow_planted(chain: Chain, scan: dict[str, Any], what: Any, contrast: str,
     if not abs(first) >= LEAST_CONTRAST:
         return {}
     found = {"planted": first, "ml": float(soft.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000)}
+    expected = planted_contrast(planted, image, soft, brain, affine, 1.0)  # of a chain that the lesion does not disturb
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{name}.nii.gz" for name in ("scan", "soft")]
         for file, array in zip(files, (planted, soft)):
             write_volume(file, array.astype(np.float32), affine, nifti_header(scan["source"]["image"]))
+        on_grid, kept, spread = None, 1.0, 1.0
         for step in chain.follow(files[0], scan["source"]["image"], files[1]):
-            found[step.name] = planted_contrast(step.scan, step.twin, step.soft, step.inside, step.affine)
+            if step.name == "grid":
+                on_grid = step
+            elif step.name == "bias field" and on_grid is not None:
+                # the field of the twin on the planted change: it lifts a lesion in the dark, as it should
+                field = np.where(step.twin > 0, on_grid.twin / np.where(step.twin > 0, step.twin, 1), 1)
+                ideal = step.twin + (on_grid.scan - on_grid.twin) / np.where(field > 0, field, 1)
+                expected = planted_contrast(ideal, step.twin, step.soft, step.inside, step.affine, 1.0) / kept
+                spread = robust_spread(step.twin[step.inside])
+            scale = robust_spread(step.twin[step.inside]) / spread if step.name == "normalised" else 1.0
+            now = planted_contrast(step.scan, step.twin, step.soft, step.inside, step.affine, scale)
+            found[step.name] = now / expected
+            if step.name == "grid":
+                kept = found["grid"]
     return found
 
 
@@ -309,7 +328,7 @@ def print_planted(contrast: str, cases: list[dict[str, Any]]) -> None:
         ml = [case["ml"] for case in some]
         row = [family, str(len(some)), f"{min(ml):.2g} to {max(ml):.2g}"]
         for step in steps:
-            shares = [case[step] / case["planted"] for case in some]
+            shares = [case[step] for case in some]
             row.append(f"{np.median(shares):.2f} ({min(shares):.2f})")
         rows.append(row)
     title = f"{contrast}: contrast left of planted lesions, median (worst)"
@@ -342,7 +361,10 @@ def main() -> None:
     for name in ("healthy", "masks", "real", "scans"):
         if not getattr(args, name):
             print(f"no --{name}: skipped")
-    chains = {contrast: Chain(contrast, args.ckpt_dir, dict(args.override)) for contrast in args.contrast}
+    chains = {
+        contrast: Chain(contrast, args.ckpt_dir, {k: yaml.safe_load(v) for k, v in args.override})
+        for contrast in args.contrast
+    }
     results: dict[str, list[dict[str, Any]]] = {"planted": [], "shading": [], "variation": [], "real": []}
     for contrast, chain in chains.items():
         scans = healthy_scans(args.healthy, contrast, args.section)

@@ -134,18 +134,24 @@ def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
     )
     assert "[2/2]" in out
     table = rows(tmp_path / "summary.csv")
-    assert list(table[0]) == ["name", "lesion_volume_ml", "lesions", "max_score", "mean_score", "seconds", "status"]
+    assert list(table[0]) == [
+        *("name", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
+        *("not_examined_percent", "seconds", "status"),
+    ]
     items = json.loads((cohort / "datalist.json").read_text())["test"]
     for row, item in zip(table, items):
         name = row["name"]
         assert row["status"] == "ok" and item["image"].endswith(f"{name}.nii.gz")
-        names = {f"{name}_{kind}" for kind in ("heatmap.nii.gz", "lesion.nii.gz", "report.png")}
+        names = {f"{name}_{kind}" for kind in ("heatmap.nii.gz", "lesion.nii.gz", "coverage.nii.gz", "report.png")}
         assert {f.name for f in (tmp_path / name).iterdir()} == names
         source, heatmap, lesion = (
             nib.load(f)
             for f in (cohort / item["image"], *(tmp_path / name / f"{name}_{k}.nii.gz" for k in ("heatmap", "lesion")))
         )
-        for result, dtype in ((heatmap, np.float32), (lesion, np.uint8)):
+        coverage = nib.load(tmp_path / name / f"{name}_coverage.nii.gz")
+        assert row["not_examined_percent"] == "0.0"  # it lies on the grid
+        np.testing.assert_array_equal(np.asarray(coverage.dataobj), source.get_fdata() > 0)
+        for result, dtype in ((heatmap, np.float32), (lesion, np.uint8), (coverage, np.uint8)):
             assert result.shape == source.shape and result.get_data_dtype() == dtype
             np.testing.assert_allclose(result.affine, source.affine, atol=1e-5)
         inside = source.get_fdata() > 0
@@ -171,7 +177,8 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     write_nifti(folder / "plain_brain_mask.nii.gz", image.get_fdata() > 0, image.affine)
     (folder / "broken.nii.gz").write_bytes(b"")
     use = ("--dataset_dir", folder, "--ckpt_dir", models, "--output_dir", out, "--bias_field", "none")
-    use += ("--alignment", "none")  # phantoms lie on the atlas, and their voxels are too coarse to be registered
+    # phantoms lie on the atlas but for outlines of their own, and their voxels are too coarse to be registered
+    use += ("--alignment", "none", "--brain_recovery", "none")
     result = run_bundle("inference", "inference", grid_file, *use)
     assert result.returncode == 3, result.stderr
     assert "broken.nii.gz: cannot be read" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
@@ -198,9 +205,10 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     assert "[1/1] plain" in again and "done before" not in again
 
     overrides = {**GRID, "min_lesion_mm3": 99.0, "ckpt_dir": str(models), "bias_field": "none", "alignment": "none"}
+    overrides["brain_recovery"] = "none"
     found = LesionFinder("t1", device="cpu", **overrides)(turned, affine)
-    files = (nib.load(out / "turned" / f"turned_{k}.nii.gz") for k in ("heatmap", "lesion"))
-    for array, file in zip(found, files):
+    files = [nib.load(out / "turned" / f"turned_{k}.nii.gz") for k in ("heatmap", "lesion", "coverage")]
+    for array, file in zip((found.heatmap, found.lesion, found.coverage), files):
         assert array.dtype == file.get_data_dtype()
         np.testing.assert_allclose(array, file.get_fdata(), atol=1e-4)
     assert found.summary["max_score"] == pytest.approx(found.heatmap.max(), abs=1e-6)
@@ -236,7 +244,8 @@ def test_a_dicom_series_gives_what_its_nifti_gives(models, cohort, grid_file, tm
     write_nifti(folder / "as_nifti.nii.gz", scan[::-1, ::-1], affine)
     write_dicom(folder / "as_dicom", scan[::-1, ::-1], affine)
     use = ("--dataset_dir", folder, "--ckpt_dir", models, "--output_dir", out, "--bias_field", "none")
-    use += ("--alignment", "none")  # phantoms lie on the atlas, and their voxels are too coarse to be registered
+    # phantoms lie on the atlas but for outlines of their own, and their voxels are too coarse to be registered
+    use += ("--alignment", "none", "--brain_recovery", "none")
     succeed("inference", "inference", grid_file, *use)
     for kind in ("heatmap", "lesion"):
         nifti, dicom = (nib.load(out / n / f"{n}_{kind}.nii.gz") for n in ("as_nifti", "as_dicom"))

@@ -30,8 +30,8 @@ def own_voxel_mm3(volume: MetaTensor, to_atlas: Any = None) -> float:
         InputError: a matrix that flattens the scan, or is not 4x4.
     """
     prepared = np.eye(4) if to_atlas is None else np.asarray(to_atlas, float)
-    if prepared.shape != (4, 4):
-        raise InputError(f"'to_atlas' of its item must be a 4x4 matrix, not of {prepared.shape}")
+    if prepared.shape != (4, 4) or not np.isfinite(prepared).all():
+        raise InputError("'to_atlas' of its item must be a 4x4 matrix of numbers")
     matrices = (volume.affine, scan_to_atlas(volume), prepared)
     voxel, *grown = (abs(float(np.linalg.det(np.asarray(matrix, float)[:3, :3]))) for matrix in matrices)
     if not np.prod(grown) > 0:

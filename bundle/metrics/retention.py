@@ -41,7 +41,12 @@ def robust_spread(values: np.ndarray) -> float:
 
 
 def planted_contrast(
-    planted: np.ndarray, twin: np.ndarray, soft: np.ndarray, inside: np.ndarray, affine: np.ndarray
+    planted: np.ndarray,
+    twin: np.ndarray,
+    soft: np.ndarray,
+    inside: np.ndarray,
+    affine: np.ndarray,
+    spread: float | None = None,
 ) -> float:
     """Contrast of a planted lesion to its surroundings, in spreads of the healthy twin's brain.
 
@@ -54,6 +59,7 @@ def planted_contrast(
         soft: share of lesion in every voxel, whether it is still inside or not.
         inside: what the step calls brain, bool.
         affine: voxels to mm.
+        spread: what the contrast is divided by; None: the robust spread of the twin inside.
 
     Returns:
         the contrast, negative for a dark lesion; NaN where there is no lesion.
@@ -64,7 +70,7 @@ def planted_contrast(
     change = planted.astype(np.float64) - twin
     around = change[places.shell].mean() if places.shell.any() else 0.0
     total = (change - around)[places.region & inside].sum()
-    return float(total / soft.sum(dtype=np.float64) / robust_spread(twin[inside]))
+    return float(total / soft.sum(dtype=np.float64) / (robust_spread(twin[inside]) if spread is None else spread))
 
 
 def real_contrast(image: np.ndarray, lesion: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> float:

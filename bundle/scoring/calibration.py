@@ -57,7 +57,7 @@ class Calibration:
         contrast: of the scans.
         mean, spread: name in `MAPS`, or of a map that the scans brought along -> ``[1, h, w, d]``; may be coarser than
             the grid, of the same extent.
-        quantiles: name of a score -> {quantile as text: score}, over the brain voxels of healthy scans that were
+        quantiles: name of a score -> {quantile as text: score}, of the brain voxels of the median healthy scan, each
             left out of the maps.
         filter_sigma: of the Gaussian that the anomaly channels pass first (`smooth_inside`), voxels of the grid.
         z_sigma: of the Gaussian over the z-score of the intensity, voxels of the grid.
@@ -254,10 +254,9 @@ def fit_calibration(
         own = {name: volumes[i] for name, volumes in maps.items()}
         for name, values in scores.items():
             values.append(others._score_filtered(name, smooth[i], images[i], own)[images[i] > 0].numpy())
-    quantiles = {
-        name: dict(zip([f"{q:g}" for q in QUANTILES], np.quantile(np.concatenate(v), QUANTILES).astype(float).tolist()))
-        for name, v in scores.items()
-    }
+    # of each scan, and then the median of them: pooled, one odd scan would set everybody's threshold
+    typical = {name: np.median([np.quantile(v, QUANTILES) for v in scans], 0) for name, scans in scores.items()}
+    quantiles = {name: dict(zip([f"{q:g}" for q in QUANTILES], v.astype(float).tolist())) for name, v in typical.items()}
     about = {"subjects": len(images), **(provenance or {})}
     return replace(fit(everyone), quantiles=quantiles, provenance=about)
 

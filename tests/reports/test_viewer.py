@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import ndimage
 
 from bundle.errors import InputError
@@ -20,7 +21,7 @@ AFFINE = np.array([[0, 2.0, 0, -7], [-1, 0, 0, 5], [0, 0, 3.0, 1], [0, 0, 0, 1]]
 
 def finder(threshold=None, quantiles=("0.995", "0.998", "0.9998")):
     stored = {"location": dict(zip(quantiles, (1.0, 2.0, 3.0)))}
-    calibration = Calibration("t1", {}, {}, stored, 0.0, {})
+    calibration = Calibration("t1", {}, {}, stored, 0.0, 0.0, {})
     file = SimpleNamespace(load=lambda: calibration)
     return FindLesionsd("heatmap", "location", file, 0.9998, threshold, min_lesion_mm3=12.0)
 
@@ -57,6 +58,41 @@ def test_other_label_maps_and_what_names_them():
     metadata = json.loads((ROOT / "configs/metadata.json").read_text())["network_data_format"]
     assert next(iter(metadata["outputs"])) == "pred"
     assert metadata["outputs"]["pred"]["channel_def"] == {str(v): k for k, v in LABELS.items()}
+
+
+def test_what_was_not_looked_at_has_a_label_of_its_own():
+    """Beside the findings, never over them, and its share stands with the figures."""
+    data = scan()
+    lesion = data["lesion"][0].numpy() > 0
+    first = int(lesion.any((0, 1)).argmax())  # at the edge of the grid, say
+    coverage = np.ones(lesion.shape)
+    coverage[:, :, : first + 1], coverage[:, 0] = 2, 0
+    given = {**data, "coverage": meta(coverage, AFFINE), "not_examined": torch.tensor(0.25)}
+    for label_map, value in (("lesion", LABELS["lesion"]), ("graded", LABELS["strong"])):
+        plain = LabelMapd("heatmap", finder(), label_map)(data)
+        out = LabelMapd("heatmap", finder(), label_map)(given)
+        shown, before = out["pred"][0].numpy(), plain["pred"][0].numpy()
+        np.testing.assert_array_equal(shown, np.where((before == 0) & (coverage == 2), LABELS["not_examined"], before))
+        assert (shown[lesion] == value).all()
+        assert out["result"]["not_examined_percent"] == 25 and plain["result"]["not_examined_percent"] == 0
+    assert LabelMapd("heatmap", finder(), "heatmap")(given)["pred"].dtype == torch.float32
+
+
+def test_millilitres_are_the_scans_own():
+    """A prepared scan lies on the atlas, grown: there its regions hold less of the person than their voxels say."""
+    data = scan()
+    data["lesion"] = finder().cut(data["heatmap"], 2.0)
+    own = {**data, "to_atlas": torch.diag(torch.tensor([-1.25, 1.25, 1.28, 1.0], dtype=torch.float64))}
+    plain, result = (LabelMapd("heatmap", finder())(d)["result"] for d in (data, own))
+    assert plain["lesion_volume_ml"] == pytest.approx(2 * result["lesion_volume_ml"])
+    for a, b in zip(plain["lesions"], result["lesions"], strict=True):
+        assert a["volume_ml"] == pytest.approx(2 * b["volume_ml"]) and a["center_mm"] == b["center_mm"]
+    spots = np.zeros((10, 10, 10))
+    spots[1, 1, 1:3], spots[5, 5, 2:6] = 1, 1  # 2 and 4 voxels of 6 mm^3, 3 mm^3 of the scan
+    for matrix, kept in ((None, 6), (own["to_atlas"], 4)):
+        assert finder().cut(meta(spots, AFFINE), 0.5, matrix).sum() == kept
+    cut = finder()({"heatmap": meta(spots * 9, AFFINE), "to_atlas": own["to_atlas"]})["lesion"]
+    assert cut.sum() == 4
 
 
 def test_a_given_threshold_needs_no_grades():

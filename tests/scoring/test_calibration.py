@@ -54,7 +54,7 @@ def test_quantiles_are_those_of_left_out_scans(healthy, calibration):
         rest = [j for j in range(len(images)) if j != i]
         others = fit_calibration([channels[j] for j in rest], [images[j] for j in rest], "t1", 2.0, 2.0, 0.0)
         scores.append(others.score("variance", channels[i], images[i])[images[i] > 0].numpy())
-    expected = np.quantile(np.concatenate(scores), [0.95, 0.99])
+    expected = np.median([np.quantile(s, [0.95, 0.99]) for s in scores], 0)
     np.testing.assert_allclose([calibration.threshold("variance", q) for q in (0.95, 0.99)], expected, rtol=1e-5)
     inside = np.concatenate([calibration.score("variance", c, i)[i > 0].numpy() for c, i in zip(channels, images)])
     assert np.quantile(inside, 0.99) < expected[1]  # who helped to make the maps fits them better

@@ -1,0 +1,41 @@
+"""scripts/retention.py on a phantom: what no step takes away is 1, what a mask cuts off is missing."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from bundle.data import load_datalist
+from tests.conftest import CENTER, GRID, ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import retention
+
+SMALL = {"spacing": GRID["spacing"], "spatial_size": GRID["spatial_size"], "grid_center": list(CENTER)}
+
+
+@pytest.fixture(scope="module")
+def scan(cohort, tmp_path_factory):
+    """A phantom whose prepared image is its raw scan too: stripped, and in the atlas' space."""
+    folder = tmp_path_factory.mktemp("healthy")
+    item = json.loads((cohort / "datalist.json").read_text())["validation"][0]
+    item |= {key: str(cohort / item[key]) for key in ("image", "brain_mask")}
+    item |= {"to_atlas": np.eye(4).tolist(), "source": {"image": item["image"]}}
+    (folder / "datalist.json").write_text(json.dumps({"test": [item]}))
+    return load_datalist(folder, "test")[0]
+
+
+def test_a_lesion_is_followed_through_the_chain(scan):
+    chain = retention.Chain("t1", "", {**SMALL, "bias_field": "none"})
+    found = retention.follow_planted(chain, scan, 40, "t1", [0, 1])
+    assert list(found) == ["planted", "ml", *retention.STEPS.values()]
+    assert found["planted"] < -retention.LEAST_CONTRAST and 5 < found["ml"] <= 40
+    assert found["mask"] == pytest.approx(1, abs=0.05) and found["bias field"] == pytest.approx(found["grid"])
+    assert all(0.8 < found[step] < 1.2 for step in retention.STEPS.values()), found
+
+
+def test_shading_is_planted_and_looked_for(scan):
+    none = retention.follow_shading(retention.Chain("t1", "", {**SMALL, "bias_field": "none"}), scan, [0])
+    assert none == pytest.approx(0, abs=1e-3)
+    assert 0.3 < retention.follow_shading(retention.Chain("t1", "", SMALL), scan, [0]) <= 1
