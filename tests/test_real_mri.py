@@ -43,7 +43,7 @@ def chain(close_mm=0.0):
             Orientationd(keys, axcodes="RAS", labels=None, allow_missing_keys=True),
             BrainMaskd("image", close_mm=close_mm),
             AlignToAtlasd(keys, allow_missing_keys=True),
-            ResampleToGridd("image", 2.0, (96, 96, 50), CENTER, allow_missing_keys=True),
+            ResampleToGridd("image", 2.0, (96, 96, 76), CENTER, allow_missing_keys=True),
             NormalizeBrainIntensityd("image"),
         ]
     )
@@ -120,7 +120,7 @@ def test_the_same_head_lands_in_the_same_place(original, tmp_path, change):
         affine = affine + np.array([[0, 0, 0, 40], [0, 0, 0, -40], [0, 0, 0, 40], [0, 0, 0, 0]])
     else:
         inside = original[1][3].as_tensor()
-        lowest = int(np.nonzero(_canonical(inside)[0].any((0, 1)))[0][0]) - 4
+        lowest = max(0, int(np.nonzero(_canonical(inside)[0].any((0, 1)))[0][0]) - 4)
         volume = volume[..., lowest:]
         affine = affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, lowest], [0, 0, 0, 1]])
         undo = lambda v: np.pad(v, [(0, 0), (0, 0), (lowest, 0)])  # noqa: E731
@@ -160,6 +160,39 @@ def test_registration_beside_ants(tmp_path):
         fixed, to_ants(data["brain_mask"]), found["fwdtransforms"], interpolator="nearestNeighbor"
     )
     assert dice(ours, expected) > dice(theirs.numpy() > 0.5, expected) - 0.01
+
+
+def brightness_kept(scan_file, lesion, contrast, folder):
+    """AUPRC of brightness (darkness on T1w) inside the brain, in native space, after the whole chain and before it."""
+    command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
+    command += ["--score", "intensity", "--contrast", contrast, "--dataset_dir", scan_file, "--output_dir", folder]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    scan = nib.load(scan_file).get_fdata()
+    (heatmap,) = folder.glob("*/*_heatmap.nii.gz")
+    inside = scan > 0
+    after, before = (v[inside] for v in (nib.load(heatmap).get_fdata(), scan * LESION_SIGN[contrast]))
+    return [average_precision_score(lesion[inside], values) for values in (after, before)]
+
+
+@pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
+def test_the_chain_keeps_the_brightness_of_multiple_sclerosis(contrast, tmp_path):
+    folder = DATA / "mslub_mni_1mm/patient26"
+    lesion = nib.load(folder / "lesion.nii.gz").get_fdata() > 0
+    after, before = brightness_kept(folder / f"{contrast}.nii.gz", lesion, contrast, tmp_path)
+    print(f"{contrast}: brightness {after:.4f}, before {before:.4f}")
+    assert after > 0.97 * before
+
+
+@pytest.mark.parametrize("patient", ["pat0001", "pat0005"])
+def test_the_chain_keeps_the_brightness_of_gliomas(patient, tmp_path):
+    folder = DATA / "brats2013_flair" / patient
+    scan, brain, tumour = (nib.load(folder / f"{n}.nii.gz") for n in ("flair_zscored", "brain_mask", "tumour_labels"))
+    raw = np.where(brain.get_fdata() > 0, (scan.get_fdata() + 6) * 100, 0)
+    file = write_nifti(tmp_path / "flair.nii.gz", raw, scan.affine)
+    after, before = brightness_kept(file, tumour.get_fdata() > 0, "flair", tmp_path / "out")
+    print(f"{patient}: brightness {after:.4f}, before {before:.4f}")
+    assert after > 0.97 * before
 
 
 @pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])

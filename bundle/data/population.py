@@ -42,10 +42,15 @@ def coarse_affine(affine: np.ndarray, factor: int) -> np.ndarray:
 
 def median_over_subjects(stack: torch.Tensor) -> torch.Tensor:
     """Median over the first dimension, ignoring NaN (the mean of the middle two); NaN where all are."""
-    ordered = stack.sort(0).values  # NaN last
-    n = (~stack.isnan()).sum(0, keepdim=True)
-    low, high = ((n - 1).clamp(min=0) // 2), (n // 2).clamp(max=len(stack) - 1)
-    return ((ordered.gather(0, low) + ordered.gather(0, high)) / 2)[0]
+    flat = stack.flatten(1)
+    some = ~flat.isnan().all(0)  # two thirds of a grid are no brain
+    values = flat[:, some]
+    ordered = values.sort(0).values  # NaN last
+    n = (~values.isnan()).sum(0, keepdim=True)
+    low, high = ((n - 1) // 2), (n // 2)
+    result = flat.new_full(flat.shape[1:], torch.nan)
+    result[some] = ((ordered.gather(0, low) + ordered.gather(0, high)) / 2)[0] if some.any() else result[some]
+    return result.view(stack.shape[1:])
 
 
 def population_maps(

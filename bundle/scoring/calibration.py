@@ -256,7 +256,8 @@ def fit_calibration(
             values.append(others._score_filtered(name, smooth[i], images[i], own)[images[i] > 0].numpy())
     # of each scan, and then the median of them: pooled, one odd scan would set everybody's threshold
     typical = {name: np.median([np.quantile(v, QUANTILES) for v in scans], 0) for name, scans in scores.items()}
-    quantiles = {name: dict(zip([f"{q:g}" for q in QUANTILES], v.astype(float).tolist())) for name, v in typical.items()}
+    keys = [f"{q:g}" for q in QUANTILES]
+    quantiles = {name: dict(zip(keys, values.astype(float).tolist())) for name, values in typical.items()}
     about = {"subjects": len(images), **(provenance or {})}
     return replace(fit(everyone), quantiles=quantiles, provenance=about)
 

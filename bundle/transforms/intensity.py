@@ -134,14 +134,14 @@ def learn_landmarks(
         percents: rising, in [0, 100].
 
     Raises:
-        InputError: no scans, or a model beside ``path``, which would see other intensities than it was trained on.
+        InputError: no scans, or a model of the contrast beside ``path``, which would see other intensities than it was trained on.
     """
     if len(dataset) == 0:
         raise InputError("no scans to learn landmarks from: name a prepared dataset with --dataset_dir")
-    if Path(path).with_name("model.pt").exists():
-        raise InputError(
-            f"{Path(path).with_name('model.pt')}: was trained without these landmarks; choose another --ckpt_dir"
-        )
+    contrast = Path(path).stem.removeprefix("landmarks_")
+    model = Path(path).with_name("model.pt" if contrast == "t1" else f"model_{contrast}.pt")
+    if model.exists():
+        raise InputError(f"{model}: was trained without these landmarks; choose another --ckpt_dir")
     found = []
     for volume in (dataset[i]["image"] for i in range(len(dataset))):
         own = np.percentile(volume[volume > 0].cpu().numpy(), percents)

@@ -56,8 +56,10 @@ def test_quantiles_are_those_of_left_out_scans(healthy, calibration):
         scores.append(others.score("variance", channels[i], images[i])[images[i] > 0].numpy())
     expected = np.median([np.quantile(s, [0.95, 0.99]) for s in scores], 0)
     np.testing.assert_allclose([calibration.threshold("variance", q) for q in (0.95, 0.99)], expected, rtol=1e-5)
-    inside = np.concatenate([calibration.score("variance", c, i)[i > 0].numpy() for c, i in zip(channels, images)])
-    assert np.quantile(inside, 0.99) < expected[1]  # who helped to make the maps fits them better
+    inside = [calibration.score("variance", c, i)[i > 0].numpy() for c, i in zip(channels, images)]
+    assert (
+        np.median([np.quantile(s, 0.99) for s in inside]) < expected[1]
+    )  # who helped to make the maps fits them better
 
 
 @pytest.mark.parametrize("name", SCORES)
