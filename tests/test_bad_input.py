@@ -166,7 +166,7 @@ def test_a_folder_of_bad_scans(models, scan, grid_file, tmp_path):
     heatmaps = {n: nib.load(done[n] / f"{done[n].name}_heatmap.nii.gz").get_fdata() for n in same}
     for name, heatmap in heatmaps.items():
         straight = heatmap[::-1] if name == "flipped" else heatmap
-        np.testing.assert_allclose(straight, heatmaps["good"], atol=0.2 if name == "scaled" else 1e-4)
+        np.testing.assert_allclose(straight, heatmaps["good"], atol=0.25 if name == "scaled" else 1e-4)
     record = json.loads((out / "run.json").read_text())["inference"]
     assert record["overrides"]["alignment"] == record["config"]["alignment"] == "none"
     assert set(record["sha256"]) == {"model.pt", "calibration_t1.json", "calibration_t1.nii.gz"}

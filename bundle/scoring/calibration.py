@@ -41,8 +41,8 @@ INTENSITY_SCORES = ("atlas_z", "intensity", "intensity_opposite")
 SCORES = ("location", "squared_error", "variance", "uncalibrated", *INTENSITY_SCORES)
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 _USUAL_QUANTILES = {
-    **{("t1", "fusion"): 0.9998, ("t2", "fusion"): 0.999, ("flair", "fusion"): 0.9998},
-    **{("t1", "location"): 0.9995, ("t2", "location"): 0.9998, ("flair", "location"): 0.9995},
+    **{("t1", "fusion"): 0.9998, ("t2", "fusion"): 0.9999, ("flair", "fusion"): 0.9999},
+    **dict.fromkeys((("t1", "location"), ("t2", "location"), ("flair", "location")), 0.9998),
 }
 # A z-score far beyond the healthy ones says no more than one just beyond, and two wrong voxels must not outweigh a
 # lesion; smoothing takes noise and misalignment away and lets lesions of 3 mm be (docs/results.md).
@@ -264,8 +264,8 @@ def fit_calibration(
 
 def usual_quantile(contrast: str, score: str) -> float:
     """Share of healthy brain voxels below the threshold that is used if none is named: of those stored, the least at
-    which held-out healthy scans have, on average, at most two findings above 100 mm^3 with the shipped weights
-    (docs/results.md); 0.9995 for scores and contrasts that it was not looked up for.
+    which held-out healthy scans have, on average, at most two findings above 100 mm^3 with the shipped weights, or the
+    highest, if none does (docs/results.md); 0.9995 for scores and contrasts that it was not looked up for.
     """
     return _USUAL_QUANTILES.get((contrast, score), 0.9995)
 
