@@ -169,7 +169,8 @@ def test_a_folder_of_bad_scans(models, scan, grid_file, tmp_path):
         np.testing.assert_allclose(straight, heatmaps["good"], atol=0.25 if name == "scaled" else 1e-4)
     record = json.loads((out / "run.json").read_text())["inference"]
     assert record["overrides"]["alignment"] == record["config"]["alignment"] == "none"
-    assert set(record["sha256"]) == {"model.pt", "calibration_t1.json", "calibration_t1.nii.gz"}
+    files = {f"{name}_t1.{ending}" for name in ("calibration", "normative") for ending in ("json", "nii.gz")}
+    assert set(record["sha256"]) == {"model.pt", *files}
     assert {"bundle", "torch", "monai", "git"} <= set(record["versions"]) and record["machine"]["cores"]
 
 

@@ -134,7 +134,8 @@ def learn_landmarks(
         percents: rising, in [0, 100].
 
     Raises:
-        InputError: no scans, or a model of the contrast beside ``path``, which would see other intensities than it was trained on.
+        InputError: no scans, or a model of the contrast beside ``path``, which would see other intensities than it was
+            trained on.
     """
     if len(dataset) == 0:
         raise InputError("no scans to learn landmarks from: name a prepared dataset with --dataset_dir")
