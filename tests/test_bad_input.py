@@ -249,14 +249,14 @@ def test_broken_models_are_refused(models, cohort, grid_file, tmp_path, run_id, 
         record = json.loads((models / "calibration_t1.json").read_text())
         record["provenance"]["model_sha256"] = model_hash(folder / "model.pt", "t1")
         (folder / "calibration_t1.json").write_text(json.dumps(record))
-    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    before = {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()}
     config = {"inference": "inference", "calibration": "calibrate", "evaluation": "evaluate"}[run_id]
     use = ["--dataset_dir", cohort, "--ckpt_dir", folder]
     use += [] if run_id == "calibration" else ["--output_dir", out]
     result = run_bundle(run_id, config, grid_file, *use, cwd=ROOT)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert message in result.stderr.splitlines()[-1], result.stderr
-    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    assert {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file()} == before
     assert not list(out.rglob("*.nii.gz")) and not (ROOT / "smuggled").exists()
 
 
