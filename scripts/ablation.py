@@ -2,7 +2,7 @@
 
 One pass of the network over each scan serves all rows. Maps and thresholds are those of the model's calibration, or are
 fitted anew to the section "calibration" of the healthy dataset (--filter_mm, --fusion); false alarms are those of its
-section "validation".
+section "validation", or --section.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from bundle.metrics import average_precision, count_lesions, recall_at_false_pos
 from bundle.reports.figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR  # noqa: E402
 from bundle.scoring import SCORES, Calibration, Fusion, fit_calibration  # noqa: E402
 from bundle.scoring.calibration import QUANTILES  # noqa: E402
+from bundle.transforms import load_normative  # noqa: E402
 
 FALSE_LESION_MM3 = 100.0
 
@@ -224,6 +225,7 @@ def main() -> None:
                     filter_mm=mm,
                     maps=maps,
                     fusion=fusion,
+                    normative=load_normative(bench.parser.get_parsed_content("normative_file")),
                 )
                 for text, fusion in fusions.items()
             }

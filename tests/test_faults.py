@@ -67,7 +67,13 @@ def test_a_training_that_is_killed_ends_with_the_same_weights(cohort, grid_file,
         assert torch.equal(value, ends[1]["network"][key]), key
     assert ends[0]["best"] == ends[1]["best"] and ends[0]["lr_scheduler"] == ends[1]["lr_scheduler"]
     for folder in ("whole", "cut"):
-        assert set(contents(tmp_path / folder)) == {"model.pt", "run.json", *names}
+        assert set(contents(tmp_path / folder)) == {
+            "model.pt",
+            "normative_t1.json",
+            "normative_t1.nii.gz",
+            "run.json",
+            *names,
+        }
     assert (tmp_path / "whole/model.pt").read_bytes() == (tmp_path / "cut/model.pt").read_bytes()
 
 
