@@ -176,6 +176,13 @@ def nifti_header(path: str | Path) -> nib.Nifti1Header | None:
     return header
 
 
+def model_file(ckpt_dir: str | Path, contrast: str) -> str:
+    """The model of a contrast in a folder: ``model.pt`` of T1w, the name that MONAI looks for, ``model_CONTRAST.pt`` of
+    any other: no contrast is ever scored by another's.
+    """
+    return str(Path(ckpt_dir) / ("model.pt" if contrast == "t1" else f"model_{contrast}.pt"))
+
+
 def is_there(path: str | Path) -> bool:
     """Whether there is such a file; no name is too long or too strange to be asked for."""
     try:

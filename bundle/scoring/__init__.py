@@ -1,3 +1,5 @@
+from bundle.data.files import model_file
+
 from .anomaly import anomaly_channels, fill_outside, smooth_inside
 from .calibration import (
     INTENSITY_SCORES,
@@ -8,7 +10,6 @@ from .calibration import (
     FitCalibration,
     fit_calibration,
     load_calibration,
-    model_file,
     reconstruction_file,
     require_model,
     save_calibration,

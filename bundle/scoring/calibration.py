@@ -270,13 +270,6 @@ def usual_quantile(contrast: str, score: str) -> float:
     return _USUAL_QUANTILES.get((contrast, score), 0.9995)
 
 
-def model_file(ckpt_dir: str | Path, contrast: str) -> str:
-    """The model of a contrast in a folder: ``model.pt`` of T1w, the name that MONAI looks for, ``model_CONTRAST.pt`` of
-    any other: no contrast is ever scored by another's.
-    """
-    return str(Path(ckpt_dir) / ("model.pt" if contrast == "t1" else f"model_{contrast}.pt"))
-
-
 def model_hash(model_file: str | Path, contrast: str) -> str:
     """SHA-256 of a model and, where they lie beside it, of its intensity landmarks and normative map: with others of
     any, a scan scores differently.

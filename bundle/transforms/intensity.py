@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 
 from bundle.data.atlas import from_sitk, to_sitk
-from bundle.data.files import read_json, write_json
+from bundle.data.files import model_file, read_json, write_json
 from bundle.errors import InputError
 
 from .normative import load_normative
@@ -139,8 +139,7 @@ def learn_landmarks(
     """
     if len(dataset) == 0:
         raise InputError("no scans to learn landmarks from: name a prepared dataset with --dataset_dir")
-    contrast = Path(path).stem.removeprefix("landmarks_")
-    model = Path(path).with_name("model.pt" if contrast == "t1" else f"model_{contrast}.pt")
+    model = Path(model_file(Path(path).parent, Path(path).stem.removeprefix("landmarks_")))
     if model.exists():
         raise InputError(f"{model}: was trained without these landmarks; choose another --ckpt_dir")
     found = []
