@@ -3,6 +3,7 @@ import torch
 
 from bundle.networks import PatchLocator, ResNetPatchLocator
 from bundle.networks.patch_locator import plan_layers
+from tests.published import Published
 
 NETWORKS = [
     lambda: PatchLocator(patch_size=8, channels=4, features=8),
@@ -43,6 +44,31 @@ def test_dense_equals_every_patch_alone(make, stride):
     network.stride = stride
     dense = network(image[None])[0]
     torch.testing.assert_close(dense, alone[:, ::stride, ::stride], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slices", [100, 50])
+@torch.no_grad()
+def test_the_published_network_equals_its_restatement(slices):
+    """Random weights and batch-norm statistics; outputs in percent, slices counted from 0."""
+    network = trained(ResNetPatchLocator(chunk=5, slices=slices))
+    for p in network.parameters():  # weights that hand on what comes in, biases and scales that are not trivial
+        torch.nn.init.kaiming_normal_(p) if p.ndim > 1 else torch.nn.init.uniform_(p, 0.5, 1.5)
+    patches, k = torch.rand(12, 1, 24, 24), torch.arange(12) * 4
+    plane = ((k + 0.5) / slices).view(-1, 1, 1, 1).expand_as(patches)
+    location, log_variance = network(torch.cat([patches, plane], 1))[..., 0, 0].chunk(2, 1)
+    expected = Published().take_weights(network)(patches, 100 * k / slices)
+    torch.testing.assert_close(100 * location, expected[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_variance + torch.tensor(100.0**2).log(), expected[1], atol=1e-4, rtol=0)
+    assert expected[0].std(0).min() > 0.5  # percent: the answers differ
+
+
+def test_the_published_network_trains_on_all_patches_at_once():
+    """Batch norm sees one batch, whatever fits in a chunk."""
+    network = ResNetPatchLocator(patch_size=8, chunk=3)
+    image = torch.rand(8, 2, 8, 8)
+    some = network(image)
+    network.chunk = 100
+    torch.testing.assert_close(network(image), some)
 
 
 @pytest.mark.parametrize("make", NETWORKS)
