@@ -7,6 +7,8 @@ coordinates. Patches of weight 0 have no influence, whatever they hold.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn.modules.loss import _Loss
 
@@ -46,15 +48,18 @@ class BetaNLLLoss(LocationLoss):
 
     Args:
         beta: in [0, 1].
+        units: that the slice is divided into for the loss; 100 is the loss of percent, as the paper has it. The variance
+            that weights is then ``units ** 2`` times as large, and all gradients ``units ** (2 * beta)`` times.
     """
 
-    def __init__(self, beta: float = 0.5) -> None:
+    def __init__(self, beta: float = 0.5, units: float = 1.0) -> None:
         super().__init__()
         if not 0 <= beta <= 1:
             raise ValueError(f"beta must be in [0, 1], got {beta}")
-        self.beta = beta
+        self.beta, self.units = beta, units
 
     def coordinate_loss(self, error: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+        error, log_variance = error * self.units, log_variance + 2 * math.log(self.units)
         nll = 0.5 * (log_variance + error**2 * torch.exp(-log_variance))
         return nll * torch.exp(self.beta * log_variance.detach())
 

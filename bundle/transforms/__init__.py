@@ -7,7 +7,14 @@ from .load import CheckLabelsd, IgnoreLabelsd, LoadScand
 from .normative import NormativeMap, fit_normative, load_normative, normative_file
 from .outside import FillOutsided, MaskOutsided
 from .recovery import RecoverBraind
-from .sampling import AxialSlicesd, DenseLocationsd, FindBrainSlicesd, RandAxialSlicesd, RandPatchesd
+from .sampling import (
+    AxialSlicesd,
+    CollateRandCentres,
+    DenseLocationsd,
+    FindBrainSlicesd,
+    RandAxialSlicesd,
+    RandPatchesd,
+)
 from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
     "AxialSlicesd",
     "BrainMaskd",
     "CheckLabelsd",
+    "CollateRandCentres",
     "CorrectBiasFieldd",
     "CurvatureFlowd",
     "DenseLocationsd",

@@ -124,7 +124,10 @@ def read_landmarks(path: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def learn_landmarks(
-    dataset: Sequence[Mapping[str, torch.Tensor]], path: str, percents: Sequence[float] = PERCENTILES
+    dataset: Sequence[Mapping[str, torch.Tensor]],
+    path: str,
+    percents: Sequence[float] = PERCENTILES,
+    keep: bool = False,
 ) -> None:
     """Average the percentiles of a cohort's brains, each scaled to 0.1 and 1 at the first and last, and write them.
 
@@ -132,11 +135,14 @@ def learn_landmarks(
         dataset: its ``image`` is normalised by `NormalizeBrainIntensityd` without landmarks, 0 outside the brain.
         path: of the JSON file.
         percents: rising, in [0, 100].
+        keep: a file that is there, as when a training goes on.
 
     Raises:
         InputError: no scans, or a model of the contrast beside ``path``, which would see other intensities than it was
             trained on.
     """
+    if keep and Path(path).is_file():
+        return
     if len(dataset) == 0:
         raise InputError("no scans to learn landmarks from: name a prepared dataset with --dataset_dir")
     model = Path(model_file(Path(path).parent, Path(path).stem.removeprefix("landmarks_")))

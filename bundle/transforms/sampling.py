@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 
+from bundle.data import collate_samples
+
 
 def slice_position(index: Any, depth: int) -> Any:
     """Position of axial slice ``index`` (a number or a tensor of them) among ``depth`` slices, in [0, 1]."""
@@ -132,6 +134,45 @@ class RandPatchesd(MapTransform, Randomizable):
             window = image[:, i : i + p, j : j + p]
             patches.append({self.keys[0]: window, self.label_key: label[:, None, None], **_name(data)})
         return patches
+
+
+class CollateRandCentres:
+    """Collate a batch's slices and cut random patches out of all of them together, as the paper's code does.
+
+    Voxels are drawn evenly over the slices, brain or not. The patch of each starts ``patch_size // 2`` voxels before it,
+    as in inference, with background beyond the slice; those with too little brain are left out. Gives a batch of
+    ``image`` ``[N, 2, p, p]`` and ``label`` ``[N, 3, 1, 1]`` as in `RandPatchesd` (two of weight 0 where none is left),
+    and the ``name`` of every scan in it.
+
+    It draws from torch's own generator, which checkpoints keep.
+
+    Args:
+        patch_size: p, voxels.
+        num_centres: voxels drawn.
+        min_brain_share: in [0, 1].
+    """
+
+    def __init__(self, patch_size: int = 24, num_centres: int = 4 * 8096, min_brain_share: float = 0.2) -> None:
+        self.patch_size, self.num_centres, self.min_brain_share = patch_size, num_centres, min_brain_share
+
+    def __call__(self, batch: list[Any]) -> dict[str, Any]:
+        collated, p = collate_samples(batch), self.patch_size
+        image, position = collated["image"][:, :1], collated["image"][:, 1]
+        drawn = [torch.randint(n, (self.num_centres,), device=image.device) for n in (len(image), *image.shape[2:])]
+        before = p // 2
+        padded = F.pad(image, (before, p - before, before, p - before))
+        windows = padded.unfold(2, p, 1).unfold(3, p, 1)[:, 0]
+        patches = windows[tuple(drawn)]
+        kept = torch.nonzero((patches > 0).float().mean((1, 2)) >= self.min_brain_share)[:, 0]
+        weight = float(len(kept) > 0)
+        if not weight:
+            kept = kept.new_zeros(2)  # batch norm needs a batch
+        patches, slices, rows, cols = (values[kept] for values in (patches, *drawn))
+        plane = position[slices, rows, cols][:, None, None].expand_as(patches)
+        place = [patch_centers(c - before, p, n) for c, n in zip((rows, cols), image.shape[2:])]
+        label = torch.stack([*place, torch.full_like(place[0], weight)], 1)[:, :, None, None]
+        names = {"name": collated["name"]} if "name" in collated else {}
+        return {"image": torch.stack([patches, plane], 1), "label": label, **names}
 
 
 class DenseLocationsd(MapTransform, Randomizable):

@@ -37,6 +37,16 @@ def test_beta_weights_each_term_by_the_variance():
     torch.testing.assert_close(BetaNLLLoss(0.5)(pred, label), (nll * (0.5 * log_variance).exp()).sum())
 
 
+def test_the_loss_in_percent_is_that_of_percent():
+    pred, label = batch()
+    mean, log_variance = 100 * pred[:, :2], pred[:, 2:] + 2 * np.log(100)
+    nll = 0.5 * (log_variance + (mean - 100 * label[:, :2]) ** 2 / log_variance.exp()) * (0.5 * log_variance).exp()
+    expected = (nll * label[:, 2:]).sum() / label[:, 2:].sum()
+    torch.testing.assert_close(BetaNLLLoss(0.5, units=100)(pred, label), expected)
+    gradients = [torch.autograd.grad(BetaNLLLoss(0.5, units)(pred, label), pred)[0] for units in (1, 100)]
+    torch.testing.assert_close(gradients[1], 100 * gradients[0])  # which Adam does not see
+
+
 def test_faithful_mean_is_as_without_variance():
     pred, label = batch()
     (gradient,) = torch.autograd.grad(FaithfulLoss()(pred, label), pred)

@@ -4,8 +4,15 @@ import torch
 from monai.transforms import ConcatItemsd
 
 from bundle.losses import BetaNLLLoss
-from bundle.networks import PatchLocator
-from bundle.transforms import AxialSlicesd, DenseLocationsd, FindBrainSlicesd, RandAxialSlicesd, RandPatchesd
+from bundle.networks import PatchLocator, ResNetPatchLocator
+from bundle.transforms import (
+    AxialSlicesd,
+    CollateRandCentres,
+    DenseLocationsd,
+    FindBrainSlicesd,
+    RandAxialSlicesd,
+    RandPatchesd,
+)
 from tests.conftest import ellipsoid, meta
 
 
@@ -69,6 +76,30 @@ def test_patches_know_where_they_come_from(volume):
 def test_an_empty_slice_gives_patches_without_weight():
     patches = RandPatchesd("image", patch_size=8, num_patches=5)({"image": torch.zeros(2, 20, 20)})
     assert len(patches) == 5 and all(p["label"][2] == 0 for p in patches)
+
+
+def test_random_centres_over_all_slices_of_a_batch(volume):
+    """Patches lie around voxels of any slice, also at the rim; places and slices are those of the voxels."""
+    slices = [with_position({**s, "name": "a"}) for s in AxialSlicesd("image", 8)(with_slices(volume))]
+    batch = CollateRandCentres(patch_size=8, num_centres=2000)([slices[:4], slices[4:]])
+    patches, labels = batch["image"], batch["label"]
+    assert patches.shape[1:] == (2, 8, 8) and labels.shape[1:] == (3, 1, 1) and len(patches) == len(labels)
+    assert 100 < len(patches) < 2000 and (labels[:, 2] == 1).all() and batch["name"] == ["a"] * 8
+    seen = set()
+    for patch, label in zip(patches, labels):
+        row, col = (float(label[a]) * n for a, n in enumerate((30, 26)))
+        assert row == pytest.approx(round(row), abs=1e-4) and col == pytest.approx(round(col), abs=1e-4)
+        k = int(patch[1, 0, 0] * 12)
+        padded = torch.nn.functional.pad(volume.as_tensor()[0, :, :, k], (4, 4, 4, 4))
+        i, j = round(row), round(col)
+        torch.testing.assert_close(patch[0], padded[i : i + 8, j : j + 8])
+        assert (patch[0] > 0).float().mean() >= 0.2 and (patch[1] == patch[1, 0, 0]).all()
+        seen.add((k, i < 4))
+    assert {k for k, _ in seen} == set(range(2, 10)) and any(rim for _, rim in seen)
+    network = ResNetPatchLocator(patch_size=8)
+    assert BetaNLLLoss(units=100)(network(patches), labels).isfinite()
+    empty = CollateRandCentres(8, 50)([{"image": torch.zeros(2, 20, 20)}])
+    assert BetaNLLLoss()(network(empty["image"]), empty["label"]) == 0
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
