@@ -15,6 +15,7 @@ from monai.utils import convert_to_dst_type
 from bundle.errors import InputError
 from bundle.networks import load_weights
 from bundle.scoring import anomaly_channels, fill_outside, require_model
+from bundle.scoring.paper import near, paper_channels
 from bundle.transforms.sampling import patch_centers, slice_position
 
 _FEWEST_POSITIONS = 512  # smaller chunks than that are a matter of what else is in the memory
@@ -71,7 +72,8 @@ class PatchLocationInferer(Inferer):
         max_positions: patches evaluated at once; bounds the memory, whatever the size of the volume.
         precision: "float32", or "bfloat16" for autocast.
         output: "anomaly" gives log squared error and log variance ``[B, 2, H, W, D]``, voxels outside the brain set to
-            the lowest score inside; "location" gives the network's four channels as they are, 0 outside the brain.
+            the lowest score inside; "location" gives the network's four channels as they are, 0 outside the brain;
+            "paper" gives `paper_channels`, outside the brain too as far as the paper's score needs them.
         whole_slices: run slices as they are, one by one, all of one size: for engines that are compiled for a shape.
             Otherwise only the bounding boxes that hold brain are run.
         model_file: weights (a flat state dict) that are put into the network before its first volume. MONAI's runner
@@ -96,7 +98,7 @@ class PatchLocationInferer(Inferer):
         super().__init__()
         if precision not in ("float32", "bfloat16"):
             raise InputError(f"precision '{precision}' is unknown: use float32 or bfloat16")
-        if output not in ("anomaly", "location"):
+        if output not in ("anomaly", "location", "paper"):
             raise ValueError(f"unknown output '{output}'")
         self.patch_size, self.stride, self.max_positions = patch_size, stride, max_positions
         self.precision, self.output = precision, output
@@ -146,7 +148,7 @@ class PatchLocationInferer(Inferer):
         # every voxel with its whole patch, and up to s - 1 voxels more, for the positions behind the last voxel
         padded = F.pad(volume.permute(2, 0, 1), (before, p - 2 - before + s, before, p - 2 - before + s))
         result = volume.new_zeros(4, h, w, d)
-        for slices, (r0, r1), (c0, c1) in self._tiles(inside):
+        for slices, (r0, r1), (c0, c1) in self._tiles(near(inside) if self.output == "paper" else inside):
             rows, cols = ((-(-(b - a - 1) // s)) * s + p for a, b in ((r0, r1), (c0, c1)))
             image = padded[slices, r0 : r0 + rows, c0 : c0 + cols][:, None]
             plane = slice_position(slices.to(volume.dtype), d).view(-1, 1, 1, 1).expand_as(image)
@@ -162,6 +164,8 @@ class PatchLocationInferer(Inferer):
             return result * inside
         centers = [patch_centers(torch.arange(n, device=volume.device) - before, p, n) for n in (h, w)]
         location = torch.stack(torch.meshgrid(*centers, indexing="ij"))[..., None]
+        if self.output == "paper":
+            return paper_channels(result[None], location[None])[0]
         return fill_outside(anomaly_channels(result[None], location[None])[0], inside[None])
 
     def _tiles(self, inside: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int, int], tuple[int, int]]]:

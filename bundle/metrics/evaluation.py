@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, ResampleToMatch
 from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError
 from bundle.scoring import INTENSITY_SCORES, CalibrationFile, FindLesionsd, score_of
+from bundle.scoring.paper import MASKED
 from bundle.transforms import FillOutsided, IgnoreLabelsd, KeepVolumed, LoadScand, MaskOutsided
 
 from .case import CaseMeasures, measure_case
@@ -116,7 +117,7 @@ class ToSpaced(MapTransform):
 
 def measure_methods(data: Mapping[Hashable, Any], score: str) -> dict[str, CaseMeasures]:
     """All methods of one scan measured; its brain is where ``image`` is above 0, no ``label`` means no lesion. Volumes
-    are the scan's own, by its item's ``to_atlas`` (see `own_voxel_mm3`).
+    are the scan's own, by its item's ``to_atlas`` (see `own_voxel_mm3`). The paper's masked score is judged on all voxels.
     """
     image = data["image"]
     brain = image.as_tensor().cpu().numpy()[0] > 0
@@ -126,7 +127,10 @@ def measure_methods(data: Mapping[Hashable, Any], score: str) -> dict[str, CaseM
     volumes = {
         key: data[key].as_tensor().cpu().numpy()[0] for keys in method_keys(data, score).values() for key in keys
     }
+    everywhere = np.ones_like(brain)
     return {
-        name: measure_case(volumes[heatmap], volumes[lesion] > 0, label, brain, spacing, voxel_ml)
+        name: measure_case(
+            volumes[heatmap], volumes[lesion] > 0, label, everywhere if name == MASKED else brain, spacing, voxel_ml
+        )
         for name, (heatmap, lesion) in method_keys(data, score).items()
     }

@@ -16,11 +16,13 @@ from .calibration import (
     usual_quantile,
 )
 from .fusion import RULES, Fusion, usual_weights
+from .paper import PAPER_SCORES
 from .transforms import AnomalyHeatmapd, CheckLikenessd, FindLesionsd, chosen_threshold, score_of
 
 __all__ = [
     "INTENSITY_SCORES",
     "LESION_SIGN",
+    "PAPER_SCORES",
     "RULES",
     "SCORES",
     "AnomalyHeatmapd",

@@ -30,6 +30,7 @@ from bundle.transforms.normative import MEAN_MM, SPREAD_MM, NormativeMap, load_n
 
 from .anomaly import fill_outside, smooth_inside
 from .fusion import Fusion
+from .paper import PAPER_SCORES, paper_quantiles, paper_score
 
 # sign of the intensity change that most lesions show
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
@@ -106,6 +107,8 @@ class Calibration:
         Raises:
             InputError: a score that there is none of, or a map that the scan or the calibration lacks.
         """
+        if name in PAPER_SCORES:
+            return paper_score(name, channels, image > 0)
         maps = maps or {}
         if name not in INTENSITY_SCORES:
             channels = smooth_inside(channels, image > 0, self.filter_sigma)
@@ -407,6 +410,7 @@ class FitCalibration:
         grid: ``spacing``, ``spatial_size``, ``center``, ``stride``; stored, and compared when the calibration is used.
         contrast, smoothing_mm, filter_mm, fusion: see `fit_calibration`.
         maps: keys of other methods' maps; those that the scans have are calibrated too.
+        paper: the channels are `paper_channels`: keep the thresholds of the paper's scores, too.
     """
 
     def __init__(
@@ -419,7 +423,9 @@ class FitCalibration:
         filter_mm: float = 3.0,
         fusion: Fusion | None = None,
         maps: Sequence[str] = (),
+        paper: bool = False,
     ) -> None:
+        self.paper = paper
         self.path, self.model_file, self.contrast, self.grid = path, model_file, contrast, dict(grid)
         self.smoothing_mm, self.filter_mm, self.fusion = smoothing_mm, filter_mm, fusion
         self.maps: dict[str, list[torch.Tensor]] = {name: [] for name in maps}
@@ -466,6 +472,9 @@ class FitCalibration:
             self.fusion,
             load_normative(normative_file(Path(self.model_file).parent, self.contrast)),
         )
+        if self.paper:
+            paper = paper_quantiles(self.channels, self.images, QUANTILES)
+            calibration = replace(calibration, quantiles={**calibration.quantiles, **paper})
         affine = coarse_affine(self.affine, coarsening(self.grid["spacing"]))
         save_calibration(calibration, self.path, affine)
         record_run(Path(self.path).parent, f"calibration {self.contrast}", [self.model_file])

@@ -13,8 +13,9 @@ from .anomaly import fill_outside
 
 MEDIAN_VOXELS = 7  # in each direction
 _FLOOR = 1e-10  # added to the squared distance, percent squared
-# names of scores; "paper_masked" leaves the background at 0, above much of the brain, and is judged with it
-PAPER_SCORES = ("paper", "paper_masked")
+# names of scores; the masked one leaves the background at 0, above much of the brain, and is judged with it
+MASKED = "paper_masked"
+PAPER_SCORES = ("paper", MASKED)
 
 
 def paper_channels(pred: torch.Tensor, location: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def paper_score(name: str, channels: torch.Tensor, inside: torch.Tensor) -> torc
     """Sum of the channels, median filtered (the background around the brain counts too, mirrored at the grid's edge).
 
     Args:
-        name: "paper", or "paper_masked", which is 0 outside the brain.
+        name: "paper", or `MASKED`, which is 0 outside the brain.
         channels: `paper_channels` ``[2, H, W, D]``, of the brain and what lies `near` it.
         inside: the brain, ``[1, H, W, D]`` bool.
     """
@@ -51,7 +52,7 @@ def paper_score(name: str, channels: torch.Tensor, inside: torch.Tensor) -> torc
     filtered = torch.zeros_like(total)
     filtered[box] = torch.as_tensor(ndimage.median_filter(total[box].numpy(), MEDIAN_VOXELS))
     score = filtered[None] * inside
-    return score if name == "paper_masked" else fill_outside(score, inside)
+    return score if name == MASKED else fill_outside(score, inside)
 
 
 def paper_quantiles(

@@ -15,6 +15,7 @@ from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError, flag
 
 from .calibration import SCORES, Calibration, CalibrationFile
+from .paper import PAPER_SCORES
 
 
 def chosen_threshold(text: str | float | None) -> float | None:
@@ -40,7 +41,7 @@ def check_score(score: str, extra_maps: Sequence[str] = ()) -> str:
     Raises:
         InputError: there is none.
     """
-    known = (*SCORES, "fusion", *extra_maps)
+    known = (*SCORES, *PAPER_SCORES, "fusion", *extra_maps)
     if score not in known:
         raise InputError(f"score '{score}' is unknown: use one of {', '.join(known)}")
     return score
