@@ -29,6 +29,7 @@ from .atlas import atlas_overlap, contrast_doubt, load_atlas
 from .datalist import CHAIN, VOLUME_KEYS
 from .files import claim_folder, read_json, write_json, write_volume
 from .own_volume import scan_to_atlas
+from .splits import read_splits
 
 SECTIONS = ("training", "validation", "calibration", "tuning", "test")
 # of the items that are written; part of what a prepared scan was made from
@@ -207,6 +208,27 @@ def _check_section(section: str, person: str, others: dict[str, str], path: Path
         raise InputError(f"{path}: {person} is in '{section}' and in '{other}'; keep one of the two")
 
 
+def listed_sections(
+    splits_file: str | Path, dataset: str, recipe: Recipe, people: Iterable[str], fold: int = 0
+) -> dict[str, str]:
+    """Section of each person by lists (`read_splits`); who is found but in none of them is left out, and counted aloud.
+
+    Raises:
+        InputError: a listed person who was not found.
+    """
+    section, found = read_splits(splits_file, dataset, recipe.person, fold), set(people)
+    missing = sorted(set(section) - found)
+    if missing:
+        names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        raise InputError(
+            f"{splits_file}: {len(missing)} of {len(section)} listed people were not found ({names}); a table would be "
+            "of others: name the source folder that holds them, or shorten the list"
+        )
+    if found - set(section):
+        print(f"{splits_file}: {len(found - set(section))} people are in none of its lists and are left out")
+    return section
+
+
 def split_people(recipe: Recipe, people: Iterable[str], seed: int = 0) -> dict[str, str]:
     """Section of each person: they are shuffled by ``seed`` and dealt out by the recipe's numbers.
 
@@ -381,6 +403,9 @@ def prepare_cohort(
     seed: int = 0,
     num_workers: int = 2,
     record: Callable | None = None,
+    splits_file: str | Path = "",
+    dataset: str = "",
+    fold: int = 0,
 ) -> Path:
     """Turn a cohort into a prepared dataset: volumes on the atlas grid, ``datalist.json`` and, in ``qc``, a sheet per
     scan and ``contact_sheet.png``, the worst aligned scans first. Resumable.
@@ -394,6 +419,7 @@ def prepare_cohort(
         seed: of the split.
         num_workers: processes.
         record: called with the folder and "preparation" before the work, see `bundle.command_line.record_run`.
+        splits_file, dataset, fold: lists of people, which take the place of the recipe's splits; see `read_splits`.
 
     Returns:
         the ``datalist.json`` written.
@@ -409,8 +435,11 @@ def prepare_cohort(
     if folder.resolve().is_relative_to(Path(source_dir).resolve()):
         raise InputError(f"{dataset_dir}: lies in the source folder {source_dir}; choose a folder elsewhere")
     scans = find_scans(recipe, source_dir)
-    section = {s["person"]: s["section"] for s in scans if "section" in s}
-    section = section or split_people(recipe, (s["person"] for s in scans), seed)
+    people = [s["person"] for s in scans]
+    if splits_file:
+        section = listed_sections(splits_file, dataset, recipe, people, fold)
+    else:
+        section = {s["person"]: s["section"] for s in scans if "section" in s} or split_people(recipe, people, seed)
     scans = [s for s in scans if s["person"] in section]
     claim_folder(folder)
     _require_own_list(folder, Path(source_dir))

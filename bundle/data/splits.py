@@ -1,0 +1,91 @@
+"""Who belongs to which section, by the lists that the public codes of this line of papers come with."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+from bundle.errors import InputError
+
+_SECTIONS = {"train": "training", "val": "validation"}
+_LIST = re.compile(
+    r"(?:(?P<cohort>.+)_)?(?P<section>train|training|val|validation|calibration|tuning|test)(?:_fold(?P<fold>\d+))?",
+    re.IGNORECASE,
+)
+# what follows a person's name in the name of a file
+_ENDING = re.compile(r"(?:[-_](?:t1|t2|t1w|t2w|flair))?(?:\.nii(?:\.gz)?)?$", re.IGNORECASE)
+
+
+def person_of(name: str, person: str = ".*") -> str:
+    """Person whose scan is called ``name``, with or without contrast and file ending; see `Recipe.person`."""
+    name = _ENDING.sub("", Path(name.strip()).name, count=1)
+    return (re.search(person, name) or [name])[0]
+
+
+def read_splits(path: str | Path, dataset: str, person: str = ".*", fold: int = 0) -> dict[str, str]:
+    """Section of each listed person.
+
+    Lists are CSV files with the columns ``img_name`` and ``label`` (above 0 is a patient; others are not read). Their
+    names tell the section: ``MSLUB_test.csv``, ``IXI_train_fold0.csv``. Patients of ``val`` are to choose thresholds on
+    and go to "tuning".
+
+    Args:
+        path: a list, or a folder in which those of the dataset are taken: named ``DATASET_...``, as far as the name of
+            the recipe is theirs before its first ``_``, or with no name but the section.
+        dataset: name of the recipe.
+        person: regular expression, see `Recipe.person`.
+        fold: which of the lists of a folder that end in ``_foldN``.
+
+    Raises:
+        InputError: no such lists, a list that is none, or one person in two sections.
+    """
+    section: dict[str, str] = {}
+    where: dict[str, Path] = {}
+    for file, name in _lists(Path(path), dataset, fold):
+        for image, is_patient in _rows(file):
+            who = person_of(image, person)
+            own = "tuning" if is_patient and name == "validation" else name
+            if section.setdefault(who, own) != own:
+                raise InputError(f"{file}: {who} is in '{section[who]}' too, by {where[who]}; keep one of the two")
+            where.setdefault(who, file)
+    return section
+
+
+def _lists(path: Path, dataset: str, fold: int) -> list[tuple[Path, str]]:
+    """Files and their sections."""
+    if not path.exists():
+        raise InputError(f"{path}: not found; --splits_file needs a CSV list of people, or a folder of them")
+    found = []
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+        match = _LIST.fullmatch(file.stem)
+        if match:
+            cohort, own_fold = (match["cohort"] or "").lower(), match["fold"]
+            ours = not cohort or f"{dataset}_".lower().startswith(f"{cohort}_")
+            if not path.is_dir() or (ours and own_fold in (None, str(fold))):
+                name = match["section"].lower()
+                found.append((file, _SECTIONS.get(name, name)))
+    if not found:
+        wanted = f"no list of '{dataset}' (fold {fold})" if path.is_dir() else "its name tells no section"
+        raise InputError(f"{path}: {wanted}; lists are named like {dataset}_test.csv or {dataset}_train_fold0.csv")
+    return found
+
+
+def _rows(file: Path) -> list[tuple[str, bool]]:
+    """Name and whether it is a patient, of each row."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as table:
+            rows = list(csv.DictReader(table))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file}: cannot be read as a CSV list ({error})") from error
+    if not rows or not {"img_name", "label"} <= set(rows[0]):
+        raise InputError(f"{file}: a list of people needs the columns img_name and label, and rows")
+    people = []
+    for number, row in enumerate(rows, 2):
+        try:
+            people.append((row["img_name"] or "", float(row["label"] or 0) > 0))
+        except ValueError as error:
+            raise InputError(f"{file}: line {number}: label '{row['label']}' is no number") from error
+        if not people[-1][0].strip():
+            raise InputError(f"{file}: line {number} has no img_name")
+    return people
