@@ -48,8 +48,8 @@ class BetaNLLLoss(LocationLoss):
 
     Args:
         beta: in [0, 1].
-        units: that the slice is divided into for the loss; 100 is the loss of percent, as the paper has it. The variance
-            that weights is then ``units ** 2`` times as large, and all gradients ``units ** (2 * beta)`` times.
+        units: that the slice is divided into for the loss; 100 is the loss of percent, as the paper has it. Gradients
+            are ``units ** (2 * beta)`` times as large then.
     """
 
     def __init__(self, beta: float = 0.5, units: float = 1.0) -> None:

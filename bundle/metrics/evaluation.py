@@ -117,7 +117,8 @@ class ToSpaced(MapTransform):
 
 def measure_methods(data: Mapping[Hashable, Any], score: str) -> dict[str, CaseMeasures]:
     """All methods of one scan measured; its brain is where ``image`` is above 0, no ``label`` means no lesion. Volumes
-    are the scan's own, by its item's ``to_atlas`` (see `own_voxel_mm3`). The paper's masked score is judged on all voxels.
+    are the scan's own, by its item's ``to_atlas`` (see `own_voxel_mm3`). The paper's masked score is judged on all of
+    the grid's voxels.
     """
     image = data["image"]
     brain = image.as_tensor().cpu().numpy()[0] > 0

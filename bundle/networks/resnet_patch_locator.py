@@ -12,12 +12,12 @@ _PERCENT = 100.0  # it counts places, and slices, in percent
 
 
 class ResNetPatchLocator(nn.Module):
-    """ResNet-18, a sinusoidal embedding of the slice added to its 512 features, and two five-layer heads with batch norm
-    for location and log variance (Baker & Brockmeier, arXiv 2506.22504, as their public code has it).
+    """ResNet-18, a sinusoidal embedding of the slice added to its 512 features, and two five-layer heads with batch
+    norm for location and log variance (Baker & Brockmeier, arXiv 2506.22504, as their public code has it).
 
-    Same signature as `PatchLocator`: a patch gives ``[B, 4, 1, 1]``. Inside, places are percent of the slice, and so are
-    the weights; what is given is a fraction of it, and the log variance of that. A larger slice is cut into its patches,
-    which are run one by one: exact, and as slow as that sounds.
+    Same signature as `PatchLocator`: a patch gives ``[B, 4, 1, 1]``. Inside, the heads count places in percent of the
+    slice, and its fraction and the log variance of that are given. A larger slice is cut into its patches, which are
+    run one by one: exact, and as slow as that sounds.
 
     Args:
         patch_size: voxels.

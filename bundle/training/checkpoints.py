@@ -212,7 +212,7 @@ class TrainingCheckpoints:
             raise InputError(f"{file}: has {engine.state.epoch} epochs already; --max_epochs {epochs} is less")
         engine.state.max_epochs = epochs
         # the schedule is that of the epochs asked for now
-        if scheduler is not None and cycle not in (None, scheduler.T_max):
+        if scheduler is not None and cycle is not None and cycle != scheduler.T_max:
             scheduler.T_max = cycle
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler._get_closed_form_lr()):
                 group["lr"] = rate

@@ -139,8 +139,8 @@ class RandPatchesd(MapTransform, Randomizable):
 class CollateRandCentres:
     """Collate a batch's slices and cut random patches out of all of them together, as the paper's code does.
 
-    Voxels are drawn evenly over the slices, brain or not. The patch of each starts ``patch_size // 2`` voxels before it,
-    as in inference, with background beyond the slice; those with too little brain are left out. Gives a batch of
+    Voxels are drawn evenly over the slices, brain or not. The patch of each starts ``patch_size // 2`` voxels before
+    it, as in inference, with background beyond the slice; those with too little brain are left out. Gives a batch of
     ``image`` ``[N, 2, p, p]`` and ``label`` ``[N, 3, 1, 1]`` as in `RandPatchesd` (two of weight 0 where none is left),
     and the ``name`` of every scan in it.
 

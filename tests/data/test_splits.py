@@ -52,7 +52,7 @@ def test_a_folder_of_all_cohorts_gives_those_of_one(tmp_path):
     with pytest.raises(InputError, match=r"no list of 'wmh' \(fold 0\); lists are named like wmh_test.csv"):
         read_splits(tmp_path, "wmh")
     for name in ("avail_t2.csv", "nobody.csv"):
-        with pytest.raises(InputError, match="tells no section|not found"):
+        with pytest.raises(InputError, match=r"tells no section|not found"):
             read_splits(tmp_path / name, "ixi")
     write(tmp_path, test={"a": 0})  # of any cohort
     with pytest.raises(InputError, match="a is in 'training' too"):
@@ -78,7 +78,9 @@ def test_what_is_no_list_gets_one_line(tmp_path, content, message):
 def test_missing_people_are_named_and_others_counted(tmp_path, capsys):
     recipe = load_recipe(ROOT / "configs/datasets", "mslub")
     write(tmp_path, MSLUB_test={f"patient{k:02}": 1 for k in range(1, 6)})
-    with pytest.raises(InputError, match=r"4 of 5 listed people were not found \(patient02, patient03, patient04, ...\)"):
+    with pytest.raises(
+        InputError, match=r"4 of 5 listed people were not found \(patient02, patient03, patient04, ...\)"
+    ):
         listed_sections(tmp_path, "mslub", recipe, ["patient01", "patient26"])
     everyone = [f"patient{k:02}" for k in range(1, 8)]
     assert set(listed_sections(tmp_path, "mslub", recipe, everyone)) == set(everyone[:5])

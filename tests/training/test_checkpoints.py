@@ -12,7 +12,7 @@ from bundle.training import RequireFiniteLoss, TrainingCheckpoints
 from bundle.training.checkpoints import RandomStates, random_generators
 
 
-def training(folder, epochs, steps=3, resume="", interval=2, about="t1", noise=None, scores=None):
+def training(folder, epochs, steps=3, resume="", interval=2, about="t1", noise=None, scores=None, rate=None):
     """A small training with every kind of randomness; returns it and the engines that run it."""
     torch.manual_seed(0)
     np.random.seed(0)
@@ -21,6 +21,8 @@ def training(folder, epochs, steps=3, resume="", interval=2, about="t1", noise=N
     network = torch.nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+    if rate == "constant":
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
     def step(engine, batch):
         optimizer.zero_grad()
@@ -70,6 +72,12 @@ def test_a_resumed_training_ends_as_an_undisturbed_one(tmp_path):
     before = (tmp_path / "cut/model.pt").stat().st_mtime_ns
     training(tmp_path / "cut", 11, resume="auto", scores=iter([4, 4]))  # better than nothing, but not than before
     assert (tmp_path / "cut/model.pt").stat().st_mtime_ns == before
+
+
+def test_a_constant_learning_rate_goes_on(tmp_path):
+    training(tmp_path, 4, rate="constant")
+    _, _, optimizer = training(tmp_path, 6, resume="auto", rate="constant")
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_a_longer_training_gets_the_longer_schedule(tmp_path):
