@@ -17,5 +17,6 @@ def test_benchmark_reports_every_ratio(tmp_path):
     for row in report["dense"].values():
         assert row["times_faster"] > row["times_faster_brain_only"] > 0 and row["share_of_matmul"] > 0
     assert all(rate > 0 for rate in report["training_patches_per_second"].values())
+    assert report["published_whole_slice"] > 0
     assert report["auprc"]["difference"] < 1e-9 and report["peak_memory_gib"] > 0
     assert "share of matmul" in result.stdout
