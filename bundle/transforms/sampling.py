@@ -95,7 +95,7 @@ class RandAxialSlicesd(AxialSlicesd, Randomizable):
 
 
 class RandPatchesd(MapTransform, Randomizable):
-    """Cut random patches out of a slice, as the paper does: one dictionary per patch.
+    """Cut random patches out of a slice: one dictionary per patch (the paper's own sampling is `CollateRandCentres`).
 
     Patches are drawn evenly from those whose brain share is at least ``min_brain_share``; a slice without any gives
     patches of weight 0. Each dictionary holds ``image`` ``[2, p, p]`` and ``label`` ``[3, 1, 1]``: row and column of
