@@ -26,8 +26,8 @@ from bundle.data.files import (
     share,
     unwritable,
     write_text,
-    write_volume,
 )
+from bundle.data.formats import RESULT_ENDINGS, result_ending, write_result
 from bundle.errors import InputError, explain
 from bundle.parallel import gather, is_main
 from bundle.scoring import CalibrationFile, FindLesionsd
@@ -104,7 +104,11 @@ def _earlier_results(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, 
         return {}, {}
     with (folder / "summary.csv").open(newline="") as table:
         rows = {row["name"]: row for row in csv.DictReader(table) if row.get("name") and is_done(row)}
-    there = {name: row for name, row in rows.items() if (folder / name / f"{name}_heatmap.nii.gz").is_file()}
+    there = {
+        name: row
+        for name, row in rows.items()
+        if any((folder / name / f"{name}_heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
+    }
     return there, {name: known for name, known in record.get("scans", {}).items() if name in there}
 
 
@@ -114,7 +118,8 @@ class SaveFindings:
 
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
     (float32), ``NAME_lesion.nii.gz`` and ``NAME_coverage.nii.gz`` (uint8; 0 not brain, 1 brain that was looked at, 2
-    brain that was not), all on the input's grid, and ``NAME_report.png``. The ``status`` of its
+    brain that was not), all on the input's grid (as ``.nrrd`` or ``.mha`` where the scan is of such a format), and
+    ``NAME_report.png``. The ``status`` of its
     row is "ok", "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans
     are done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that
     holds anything else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
@@ -210,7 +215,7 @@ class SaveFindings:
             print(f"[{done}/{self.total}] {name}: {told}, {row['seconds']} s{until}", flush=True)
 
     def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
-        heatmap, lesion = output["heatmap"], output["lesion"]
+        affine = output["heatmap"].affine
         volumes = {k: np.asarray(output[k][0]) for k in ("heatmap", "lesion", "heatmap_atlas", "lesion_atlas")}
         found, figures = volumes["lesion"] > 0, output["result"]
         row = {
@@ -223,18 +228,16 @@ class SaveFindings:
         percent = row["not_examined_percent"]
         left_out = "" if percent == "0.0" else f", {percent} % of the brain not examined"
         doubt = f"\nFLAGGED: {output['flags']}" if output.get("flags") else ""
-        header = nifti_header(output["image"].meta["filename_or_obj"])
+        file = output["image"].meta["filename_or_obj"]
+        header = nifti_header(file)
         label, fusion = output.get("label"), self.find_lesions.calibration.load().fusion
         rule = None if fusion is None else fusion.rule
         self.output_dir.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))
         try:
-            write_volume(
-                partial / f"{name}_heatmap.nii.gz", volumes["heatmap"].astype(np.float32), heatmap.affine, header
-            )
-            write_volume(partial / f"{name}_lesion.nii.gz", found.astype(np.uint8), lesion.affine, header)
-            coverage = np.asarray(output["coverage"][0]).astype(np.uint8)
-            write_volume(partial / f"{name}_coverage.nii.gz", coverage, lesion.affine, header)
+            for kind, dtype in (("heatmap", np.float32), ("lesion", np.uint8), ("coverage", np.uint8)):
+                volume = (found if kind == "lesion" else np.asarray(output[kind][0])).astype(dtype)
+                write_result(partial / f"{name}_{kind}{result_ending(file)}", volume, affine, header)
             draw_report(
                 partial / f"{name}_report.png",
                 f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}",
@@ -276,8 +279,8 @@ def as_list(batch: Any) -> list[dict[str, Any]]:
 
 def _require_ours(folder: Path) -> None:
     """Raises: InputError: what is there is not the results of a scan."""
-    kinds = ("heatmap.nii.gz", "lesion.nii.gz", "coverage.nii.gz", "report.png")
-    results = {f"{folder.name}_{what}" for what in kinds}
+    volumes = {f"{kind}{ending}" for kind in ("heatmap", "lesion", "coverage") for ending in RESULT_ENDINGS}
+    results = {f"{folder.name}_{what}" for what in (*volumes, "report.png")}
     if folder.exists() and not (
         folder.is_dir() and all(f.name in results or f.name.startswith(".") for f in folder.iterdir())
     ):
