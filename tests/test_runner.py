@@ -142,7 +142,10 @@ def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
     for row, item in zip(table, items):
         name = row["name"]
         assert row["status"] == "ok" and item["image"].endswith(f"{name}.nii.gz")
-        names = {f"{name}_{kind}" for kind in ("heatmap.nii.gz", "lesion.nii.gz", "coverage.nii.gz", "report.png")}
+        names = {
+            f"{name}_{kind}"
+            for kind in ("heatmap.nii.gz", "lesion.nii.gz", "coverage.nii.gz", "report.png", "report.html")
+        }
         assert {f.name for f in (tmp_path / name).iterdir()} == names
         source, heatmap, lesion = (
             nib.load(f)
@@ -255,7 +258,7 @@ def test_every_format_gives_what_nifti_gives(models, cohort, grid_file, tmp_path
     kept = {"nrrd": ".nrrd", "nhdr": ".nrrd", "mha": ".mha", "mhd": ".mha"}  # what answers in a format of its own
     for name, row in table.items():
         assert {**row, "seconds": ""} == {**table["as_nii"], "seconds": ""}
-        assert len({f.name for f in (out / name).iterdir()}) == 4
+        assert len({f.name for f in (out / name).iterdir()}) == 5
         for kind in ("heatmap", "lesion", "coverage"):
             files = (out / n / f"{n}_{kind}{kept.get(n.removeprefix('as_'), '.nii.gz')}" for n in ("as_nii", name))
             nifti, other = (LoadScand("x")({"x": file})["x"] for file in files)
@@ -289,7 +292,8 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
 
     use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path)
     succeed("evaluation", "evaluate", grid_file, *use)
-    succeed("inference", "inference", grid_file, *use)
+    found = tmp_path / "found"
+    succeed("inference", "inference", grid_file, *use, "--output_dir", found)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     methods = ["fusion", "location", "atlas_z", "intensity", "intensity_opposite", "all_positive"]
     assert list(metrics["methods"]) == methods
@@ -300,7 +304,7 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
         inside = nib.load(cohort / item["image"]).get_fdata() > 0
         label = nib.load(cohort / item["label"]).get_fdata()[inside] > 0
         heatmap, lesion = (
-            nib.load(tmp_path / name / f"{name}_{k}.nii.gz").get_fdata()[inside] for k in ("heatmap", "lesion")
+            nib.load(found / name / f"{name}_{k}.nii.gz").get_fdata()[inside] for k in ("heatmap", "lesion")
         )
         case = metrics["cases"][name]
         assert case["fusion"]["auprc"] == pytest.approx(average_precision_score(label, heatmap), abs=1e-5)
@@ -321,6 +325,11 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
     assert (
         "upper bound" in page and "frozen on healthy scans" in page and '"model_sha256"' in page.replace("&#34;", '"')
     )
+    overview = (found / "report.html").read_text()
+    for name in metrics["cases"]:  # a viewer of each, with the true lesions, of what was found here and there
+        assert f'href="cases/{name}.html"' in page and f'href="{name}/{name}_report.html"' in overview
+        for file in (tmp_path / f"cases/{name}.html", found / name / f"{name}_report.html"):
+            assert 'class="true"' in file.read_text() and file.stat().st_size < 15e6
 
 
 @pytest.fixture(scope="module")
