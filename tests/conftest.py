@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import nibabel as nib
@@ -97,3 +98,28 @@ def ellipsoid(shape, radii, center=None) -> np.ndarray:
     center = [(n - 1) / 2 for n in shape] if center is None else center
     grid = np.indices(shape).astype(float)
     return (sum(((g - c) / r) ** 2 for g, c, r in zip(grid, center, radii)) <= 1).astype(np.float32)
+
+
+FORMATS = ("nii.gz", "nrrd", "nhdr", "mha", "mhd", "mgz", "mgh", "hdr", "zip")
+
+
+def write_scan(folder: Path, name: str, ending: str, volume: np.ndarray, affine: np.ndarray) -> Path:
+    """A volume ``[X, Y, Z]`` in one of the formats; Analyze has its affine in a file beside it, as of SPM."""
+    import SimpleITK as sitk
+
+    from bundle.data.atlas import to_sitk
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.{ending}"
+    if ending in ("nrrd", "nhdr", "mha", "mhd"):
+        sitk.WriteImage(to_sitk(meta(volume, affine)), str(path), useCompression=True)
+    elif ending == "zip":
+        series = write_dicom(folder / f".{name}", volume, affine)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("notes/readme.txt", "no scan")
+            for file in series.iterdir():
+                archive.write(file, f"study/series/{file.name}")
+    else:
+        kind = {"hdr": nib.Spm2AnalyzeImage, "mgz": nib.MGHImage, "mgh": nib.MGHImage}.get(ending, nib.Nifti1Image)
+        nib.save(kind(np.asarray(volume, np.float32), affine), path)
+    return path

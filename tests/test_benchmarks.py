@@ -111,7 +111,7 @@ def test_from_the_download_to_the_table(benchmark, space, people, healthy, coars
     assert len(metrics["cases"]) == metrics["cases_with_lesions"] == 2
     assert metrics["settings"]["space"] == space
     assert metrics["tuning_cases"] == 1 and metrics["healthy_cases"] == 1
-    assert {f.name for f in out.iterdir()} == {"metrics.json", "metrics.csv", "report.html", "run.json"}
+    assert {f.name for f in out.iterdir()} == {"metrics.json", "metrics.csv", "report.html", "run.json", "cases"}
     figures = metrics["methods"]
     assert {"fusion", "location", "atlas_z", "intensity", "all_positive"} <= set(figures)
     assert figures["fusion"]["dice_tuned_mean"] is not None and figures["fusion"]["lesions"]["all"]["lesions"] >= 2

@@ -18,7 +18,7 @@ from monai.transforms import Orientationd
 from bundle.data.datalist import evaluation_items, list_scans
 from bundle.errors import InputError, find_input_error
 from bundle.transforms import BrainMaskd, LoadScand, NormalizeBrainIntensityd, ResampleToGridd
-from tests.conftest import CENTER, GRID, ellipsoid, write_nifti
+from tests.conftest import CENTER, GRID, ellipsoid, write_nifti, write_scan
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "8"))  # per test
 HANG = 20  # seconds that one input may take
@@ -86,6 +86,22 @@ def test_damaged_headers(tmp_path, no_hang):
 
     fuzz(tmp_path, damage, use, "headers")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 6e6  # kB
+
+
+@pytest.mark.parametrize("ending", ["nrrd", "mha"])
+def test_damaged_headers_of_itk(tmp_path, no_hang, ending):
+    """Characters of a header of text overwritten: what reads them is compiled, and would take us all down with it."""
+    file = write_scan(tmp_path, "scan", ending, np.random.rand(24, 28, 12), np.diag([6.0, 6, 6, 1]))
+    good = file.read_bytes()
+    length = good.index(b"\n\n" if ending == "nrrd" else b"LOCAL")
+
+    def damage(rng):
+        content = bytearray(good)
+        for place in rng.integers(0, length, rng.integers(1, 6)):
+            content[place] = rng.choice([10, 32, 45, 48, 57, 127, rng.integers(256)])
+        file.write_bytes(content if rng.random() > 0.1 else content[: rng.integers(len(content))])
+
+    fuzz(tmp_path, damage, lambda: LoadScand("image")({"image": str(file)}), f"{ending} headers")
 
 
 def test_damaged_lists(cohort, tmp_path, no_hang):

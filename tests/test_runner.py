@@ -19,7 +19,8 @@ from bundle.api import LesionFinder
 from bundle.errors import InputError
 from bundle.metrics import CASE_METRICS
 from bundle.networks import PatchLocator
-from tests.conftest import GRID, ROOT, run_bundle, write_dicom, write_nifti
+from bundle.transforms import LoadScand
+from tests.conftest import FORMATS, GRID, ROOT, run_bundle, write_dicom, write_nifti, write_scan
 
 
 def succeed(*args, **kwargs):
@@ -141,7 +142,10 @@ def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
     for row, item in zip(table, items):
         name = row["name"]
         assert row["status"] == "ok" and item["image"].endswith(f"{name}.nii.gz")
-        names = {f"{name}_{kind}" for kind in ("heatmap.nii.gz", "lesion.nii.gz", "coverage.nii.gz", "report.png")}
+        names = {
+            f"{name}_{kind}"
+            for kind in ("heatmap.nii.gz", "lesion.nii.gz", "coverage.nii.gz", "report.png", "report.html")
+        }
         assert {f.name for f in (tmp_path / name).iterdir()} == names
         source, heatmap, lesion = (
             nib.load(f)
@@ -234,22 +238,34 @@ def test_the_tensorrt_overlay_with_an_engine_of_torchscript(models, cohort, grid
         np.testing.assert_allclose(other, one, atol=1e-3)
 
 
-def test_a_dicom_series_gives_what_its_nifti_gives(models, cohort, grid_file, tmp_path):
+def test_every_format_gives_what_nifti_gives(models, cohort, grid_file, tmp_path):
     item = json.loads((cohort / "datalist.json").read_text())["test"][0]
     image = nib.load(cohort / item["image"])
     scan, folder, out = np.round(image.get_fdata() * 1000), tmp_path / "scans", tmp_path / "out"
     last = np.array(image.shape) - 1
     affine = image.affine @ np.array([[-1, 0, 0, last[0]], [0, -1, 0, last[1]], [0, 0, 1, 0], [0, 0, 0, 1.0]])
-    write_nifti(folder / "as_nifti.nii.gz", scan[::-1, ::-1], affine)
+    for ending in FORMATS:
+        write_scan(folder, f"as_{ending.partition('.')[0]}", ending, scan[::-1, ::-1], affine)
     write_dicom(folder / "as_dicom", scan[::-1, ::-1], affine)
+    (folder / "half.img").write_bytes(b"")  # told of, and no scan
     use = ("--dataset_dir", folder, "--ckpt_dir", models, "--output_dir", out, "--bias_field", "none")
     # phantoms lie on the atlas but for outlines of their own, and their voxels are too coarse to be registered
     use += ("--alignment", "none", "--brain_recovery", "none")
-    succeed("inference", "inference", grid_file, *use)
-    for kind in ("heatmap", "lesion"):
-        nifti, dicom = (nib.load(out / n / f"{n}_{kind}.nii.gz") for n in ("as_nifti", "as_dicom"))
-        np.testing.assert_allclose(nifti.affine, dicom.affine, atol=1e-4)
-        np.testing.assert_allclose(nifti.get_fdata(), dicom.get_fdata(), atol=1e-3)
+    result = run_bundle("inference", "inference", grid_file, *use)
+    assert result.returncode == 0 and "half.img: not read" in result.stderr, result.stderr
+    table = {row.pop("name"): row for row in rows(out / "summary.csv")}
+    assert set(table) == {f"as_{ending.partition('.')[0]}" for ending in (*FORMATS, "dicom")}
+    kept = {"nrrd": ".nrrd", "nhdr": ".nrrd", "mha": ".mha", "mhd": ".mha"}  # what answers in a format of its own
+    for name, row in table.items():
+        assert {**row, "seconds": ""} == {**table["as_nii"], "seconds": ""}
+        assert len({f.name for f in (out / name).iterdir()}) == 5
+        for kind in ("heatmap", "lesion", "coverage"):
+            files = (out / n / f"{n}_{kind}{kept.get(n.removeprefix('as_'), '.nii.gz')}" for n in ("as_nii", name))
+            nifti, other = (LoadScand("x")({"x": file})["x"] for file in files)
+            np.testing.assert_allclose(nifti.affine, other.affine, atol=1e-4)
+            np.testing.assert_allclose(nifti, other, atol=1e-3)
+    again = succeed("inference", "inference", grid_file, *use)
+    assert again.count("done before") == len(table) and "[1/" not in again
 
 
 def test_evaluation_survives_a_bad_scan_and_any_score(models, cohort, grid_file, tmp_path):
@@ -276,7 +292,8 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
 
     use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path)
     succeed("evaluation", "evaluate", grid_file, *use)
-    succeed("inference", "inference", grid_file, *use)
+    found = tmp_path / "found"
+    succeed("inference", "inference", grid_file, *use, "--output_dir", found)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     methods = ["fusion", "location", "atlas_z", "intensity", "intensity_opposite", "all_positive"]
     assert list(metrics["methods"]) == methods
@@ -287,7 +304,7 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
         inside = nib.load(cohort / item["image"]).get_fdata() > 0
         label = nib.load(cohort / item["label"]).get_fdata()[inside] > 0
         heatmap, lesion = (
-            nib.load(tmp_path / name / f"{name}_{k}.nii.gz").get_fdata()[inside] for k in ("heatmap", "lesion")
+            nib.load(found / name / f"{name}_{k}.nii.gz").get_fdata()[inside] for k in ("heatmap", "lesion")
         )
         case = metrics["cases"][name]
         assert case["fusion"]["auprc"] == pytest.approx(average_precision_score(label, heatmap), abs=1e-5)
@@ -308,6 +325,11 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
     assert (
         "upper bound" in page and "frozen on healthy scans" in page and '"model_sha256"' in page.replace("&#34;", '"')
     )
+    overview = (found / "report.html").read_text()
+    for name in metrics["cases"]:  # a viewer of each, with the true lesions, of what was found here and there
+        assert f'href="cases/{name}.html"' in page and f'href="{name}/{name}_report.html"' in overview
+        for file in (tmp_path / f"cases/{name}.html", found / name / f"{name}_report.html"):
+            assert 'class="true"' in file.read_text() and file.stat().st_size < 15e6
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import torch
 
 from bundle.errors import InputError
 
-from .files import is_dicom, is_nifti, is_there, read_json, stem, write_volume
+from .files import SCAN_FORMATS, analyze_pair, is_dicom, is_scan, is_there, read_json, stem, write_volume
+from .formats import holds_dicom
 
 # Version of what stands between a file and the networks: mask, alignment, grid, bias field, intensities. Data that were
 # prepared, and models that were trained, by another are refused.
@@ -24,7 +25,6 @@ CHAIN = 2
 VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
 _KNOWN_KEYS = {*VOLUME_KEYS, "subject", "person", "contrast", "to_atlas", "ignored_labels", "source", "fusion_maps"}
 _KNOWN_KEYS |= {"atlas_overlap", "flags", "purpose", "volume_ml", "name", "chain", "prepared", "not_examined"}
-_UNREAD = {".mgz", ".mgh", ".img", ".nrrd", ".nhdr", ".mha", ".mhd"}
 _LONGEST_NAME = 150  # bytes; names of results are longer, and file systems take 255
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself
 COMPANIONS = {"_brain_mask": "brain_mask", "_mask": "brain_mask", "_lesion": "label", "_seg": "label"}
@@ -244,8 +244,8 @@ def list_scans(
     Items say whether they are prepared: ``prepared``. Those of a list that others made are scans like any other.
 
     Args:
-        path: a NIfTI file; a prepared dataset, of which ``section`` is taken; or a folder with scans in it or below:
-            NIfTI files, where NAME_brain_mask and NAME_lesion belong to NAME, and folders with a DICOM series each.
+        path: a file (`SCAN_FORMATS`); a prepared dataset, of which ``section`` is taken; or a folder with scans in it
+            or below: files, where NAME_brain_mask and NAME_lesion belong to NAME, and folders with DICOM series.
         brain_mask: mask of the scan, for a single file.
         section, contrast, maps: as in `load_datalist`.
 
@@ -263,8 +263,8 @@ def list_scans(
         raise InputError(f"{path}: not found; --dataset_dir takes a scan, a folder of scans or a prepared dataset")
     elif is_dicom(path):
         raise InputError(f"{path}: one DICOM file; name the folder that holds its series")
-    elif not is_nifti(path):
-        raise InputError(f"{path}: not a NIfTI file (.nii, .nii.gz)")
+    elif not is_scan(path):
+        raise InputError(f"{path}: not a scan; it must be {SCAN_FORMATS}")
     else:
         items = add_maps(_named([{"image": str(path)}]), maps or {})
     if brain_mask:
@@ -297,18 +297,24 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
     series: dict[Path, None] = {}
     unread: list[Path] = []
     for file in _visible_files(folder):
-        if not is_nifti(file):
-            if file.suffix.lower() in _UNREAD:
-                unread.append(file)
-            elif file.parent not in series and is_dicom(file):
+        pair = analyze_pair(file)
+        is_half = pair is not None and not (is_there(pair[0]) and is_there(pair[1]))
+        if is_half or not is_scan(file):
+            if file.parent not in series and is_dicom(file):
                 series[file.parent] = None
+            elif is_half and file.parent not in series:
+                unread.append(file)
+            continue
+        if (pair and file != pair[0]) or (file.suffix.lower() == ".zip" and not holds_dicom(file)):
             continue
         base = str(file.with_name(stem(file)))
         if base in files:
             raise InputError(f"{file}: beside {files[base].name}; keep one of the two")
         files[base] = file
     if unread:
-        warnings.warn(f"{unread[0]}: not read, like {len(unread)} files of such formats; convert them to NIfTI")
+        warnings.warn(
+            f"{unread[0]}: not read, like {len(unread)} such files; an Analyze image is a .hdr and a .img file"
+        )
     for base in [b for b in files if b.endswith("_heatmap")]:  # results of an earlier run are no scans
         del files[base]
         for result in ("_lesion", "_coverage"):
@@ -327,7 +333,7 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
         scans[base].setdefault(key, str(file))
     found = [*scans.values(), *({"image": str(s.resolve())} for s in series)]
     if not found:
-        raise InputError(f"{folder}: no NIfTI file (.nii, .nii.gz) and no DICOM series in it or below")
+        raise InputError(f"{folder}: no scan in it or below; it may hold DICOM series, {SCAN_FORMATS}")
     return _named(found)
 
 

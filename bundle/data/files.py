@@ -19,7 +19,12 @@ from filelock import FileLock, Timeout
 from bundle.errors import InputError
 from bundle.parallel import is_main
 
-_SUFFIXES = (".nii.gz", ".nii")
+_NIFTI = (".nii.gz", ".nii")
+ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+SCAN_ENDINGS = (*_NIFTI, *ITK_ENDINGS, ".mgz", ".mgh", ".hdr", ".img", ".zip")
+SCAN_FORMATS = "NIfTI, NRRD, MetaImage, MGZ, Analyze or a zip of DICOM files"
+# more voxels, as float32, would fill 8 GiB; and no compression of a scan, nor gzip itself, does better than this
+MOST_VOXELS, BEST_COMPRESSION = 2**31, 1100
 
 
 @contextmanager
@@ -163,9 +168,9 @@ def write_volume(path: str | Path, volume: Any, affine: Any, header: nib.Nifti1H
 
 def nifti_header(path: str | Path) -> nib.Nifti1Header | None:
     """Header of a scan, for what answers to it: units and codes, without texts and extensions, which may tell who it
-    is of. None where it has none (DICOM).
+    is of. None where it has none (other formats).
     """
-    image = None if Path(path).is_dir() else nib.load(path)
+    image = nib.load(path) if is_nifti(path) and Path(path).is_file() else None
     if not isinstance(image, nib.Nifti1Image):
         return None
     header = image.header.copy()
@@ -192,7 +197,23 @@ def is_there(path: str | Path) -> bool:
 
 
 def is_nifti(path: str | Path) -> bool:
-    return str(path).lower().endswith(_SUFFIXES)
+    return str(path).lower().endswith(_NIFTI)
+
+
+def is_scan(path: str | Path) -> bool:
+    """Whether a file's name says that it can be a scan, see `SCAN_FORMATS`."""
+    return str(path).lower().endswith(SCAN_ENDINGS)
+
+
+def analyze_pair(path: str | Path) -> tuple[Path, Path] | None:
+    """Header and voxels of an Analyze (or NIfTI) pair that ``path`` is either half of; None for any other file."""
+    path = Path(path)
+    halves = {".hdr": ".img", ".img": ".hdr"}
+    if path.suffix.lower() not in halves:
+        return None
+    ending = halves[path.suffix.lower()]
+    other = path.with_suffix(ending.upper() if path.suffix.isupper() else ending)
+    return (other, path) if ending == ".hdr" else (path, other)
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -208,9 +229,9 @@ def is_dicom(path: str | Path) -> bool:
 
 
 def stem(path: str | Path) -> str:
-    """File name without ``.nii`` or ``.nii.gz``."""
+    """File name without the ending of its format."""
     name = Path(path).name
-    for suffix in _SUFFIXES:
+    for suffix in SCAN_ENDINGS:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name

@@ -13,8 +13,6 @@ from PIL import Image
 
 from bundle.data.files import atomic_path
 
-from .figure import PLANES
-
 BRAIN_COLOUR, ATLAS_COLOUR = "#ffcc00", "#34c3ff"
 
 
@@ -35,7 +33,7 @@ def draw_alignment(
     if atlas_mask.any():
         center = np.argwhere(atlas_mask).mean(0).astype(int)
     brightest = float(np.percentile(head[brain_mask], 99.5)) if brain_mask.any() else 1.0
-    for ax, (_, axis) in zip(figure.subplots(1, 3), PLANES):
+    for axis, ax in enumerate(figure.subplots(1, 3)):
         scan, brain, expected = (np.take(v, center[axis], axis).T for v in (head, brain_mask, atlas_mask))
         ax.imshow(scan, cmap="gray", origin="lower", vmin=0, vmax=brightest)
         for mask, colour in ((expected, ATLAS_COLOUR), (brain, BRAIN_COLOUR)):

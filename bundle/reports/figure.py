@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from matplotlib.lines import Line2D
 
 from bundle.data.files import atomic_path
 
+from .view import View, describe_place
+
 # one scale for every scan: from just above usual to far beyond
 HEAT_RANGE = (1.0, 4.0)
 FOUND_COLOUR, TRUE_COLOUR = "#ff3b30", "#34e36b"
-PLANES = (("sagittal", 0), ("coronal", 1), ("axial", 2))
+PLANES = ("sagittal", "coronal", "axial")
+_COLUMNS, _MARGIN_MM = 4, 12.0
 
 
 def heat_scale(score: str, rule: str | None, threshold: float) -> tuple[tuple[float, float], str]:
@@ -33,65 +37,113 @@ def heat_scale(score: str, rule: str | None, threshold: float) -> tuple[tuple[fl
     return HEAT_RANGE, f"{score}: healthy spreads above usual"
 
 
-def strongest_finding(heatmap: np.ndarray, lesion: np.ndarray, inside: np.ndarray) -> tuple[int, int, int]:
-    """Voxel with the highest score among those found, else in the brain; arrays ``[X, Y, Z]``."""
-    where = lesion > 0 if (lesion > 0).any() else inside
-    index = np.unravel_index(np.argmax(np.where(where, heatmap, -np.inf)), heatmap.shape)
-    return int(index[0]), int(index[1]), int(index[2])
+def scanned_plane(view: View) -> int:
+    """Axis across the planes that the scanner made, those with the finest voxels; of cubic voxels the axial one."""
+    thick = np.flatnonzero(view.spacing > 1.15 * view.spacing.min())
+    return int(np.argmax(view.spacing)) if len(thick) == 1 else 2
+
+
+def choose_panels(view: View, lesions: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[int, int, int], int, int]]:
+    """What the columns of a picture show: voxel, axis across the plane, and number of the finding from 1 (0 for none).
+
+    The strongest findings in the scanner's planes, each plane once, and the strongest in the other two directions as
+    far as there is room; without any, the three planes through the highest score in the brain.
+    """
+    axis = scanned_plane(view)
+    panels: list[tuple[tuple[int, int, int], int, int]] = []
+    if lesions:
+        number, seen = 1, set[int]()
+        for k, finding in enumerate(lesions):
+            place = view.voxel(finding["peak_mm"])
+            if place[axis] not in seen and len(panels) < _COLUMNS:
+                panels.append((place, axis, k + 1))
+            seen.add(place[axis])
+    else:
+        inside = view.brain if view.brain.any() else np.ones_like(view.brain)
+        peak = np.unravel_index(np.argmax(np.where(inside, view.heatmap, -np.inf)), inside.shape)
+        panels, number = [((int(peak[0]), int(peak[1]), int(peak[2])), axis, 0)], 0
+    others = [(panels[0][0], other, number) for other in (2, 1, 0) if other != axis]
+    return panels + others[: _COLUMNS - len(panels)]
 
 
 def draw_report(
     path: str | Path,
     title: str,
-    image: np.ndarray,
-    heatmap: np.ndarray,
-    lesion: np.ndarray,
-    label: np.ndarray | None = None,
+    view: View,
+    lesions: Sequence[Mapping[str, Any]],
     heat_range: tuple[float, float] = HEAT_RANGE,
     score_name: str = "healthy spreads above usual",
 ) -> None:
-    """Draw scan, heatmap and outlines in three planes through the strongest finding, and write a PNG.
+    """Draw the strongest findings side by side, on the scan's own voxels, and write a PNG: above the scan with
+    outlines, below the heatmap on it. The patient's left is on the right (radiological convention).
 
     Args:
         path: of the PNG.
-        title: first line.
-        image: ``[X, Y, Z]`` on an RAS grid of cubic voxels, 0 outside the brain.
-        heatmap, lesion: on the same grid.
-        label: true lesions, if known.
+        title: first lines.
+        view: of the scan.
+        lesions: the strongest first, as of `describe_findings`.
         heat_range: scores of the first and last colour; below the first nothing is painted.
         score_name: legend of the colour scale.
     """
-    inside = image > 0
-    center = strongest_finding(heatmap, lesion, inside)
-    figure = Figure(figsize=(10.5, 6.8), facecolor="black", layout="constrained")
+    panels, (black, white) = choose_panels(view, lesions), view.grey_range()
+    figure = Figure(figsize=(3.1 * len(panels) + 1, 7.6), facecolor="black", layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(2, len(panels), squeeze=False)
     heat: Any = None
-    for column, (plane, axis) in enumerate(PLANES):
-        scan, score, found, brain = (np.take(v, center[axis], axis).T for v in (image, heatmap, lesion, inside))
-        truth = None if label is None else np.take(label, center[axis], axis).T
+    for column, (center, axis, number) in enumerate(panels):
+        region = _around_brain(view, axis)
+
+        def plane(volume: np.ndarray, center=center, axis=axis, region=region) -> np.ndarray:
+            cut = np.take(volume, center[axis], axis)[region].T
+            return cut[:, ::-1]  # left to the right; the nose of a sagittal plane to the left
+
+        scan, score, found, brain = (plane(v) for v in (view.image, view.heatmap, view.found, view.brain))
+        truth = None if view.truth is None else plane(view.truth)
+        across, up = view.spacing[[a for a in range(3) if a != axis]]
         for row in (0, 1):
             ax = axes[row, column]
-            ax.imshow(scan, cmap="gray", origin="lower", vmin=0, vmax=max(1.0, float(np.percentile(image, 99.8))))
+            ax.imshow(scan, cmap="gray", origin="lower", vmin=black, vmax=white, aspect=up / across)
             ax.set_axis_off()
-        axes[0, column].set_title(plane, color="white", fontsize=10)
-        # the volume's axes run from the patient's left, so does the picture
-        for place, side in ((0.02, "L"), (0.95, "R")) if axis else ():
-            axes[0, column].text(place, 0.03, side, color="white", fontsize=9, transform=axes[0, column].transAxes)
+        told = PLANES[axis]
+        if number:
+            finding = lesions[number - 1]
+            told = f"{number}: {finding['volume_ml']:.2f} ml, score {finding['max_score']:.1f}, {told}"
+            if "center_atlas_mm" in finding:
+                told += f"\n{describe_place(finding['center_atlas_mm'])} mm in the atlas"
+        axes[0, column].set_title(told, color="white", fontsize=9)
+        sides = ("A", "P") if axis == 0 else ("R", "L")
+        for place, side in zip((0.02, 0.94), sides):
+            axes[0, column].text(place, 0.02, side, color="white", fontsize=10, transform=axes[0, column].transAxes)
         shown = np.ma.masked_where(~brain | (score < heat_range[0]), score)
+        low, high = heat_range
         heat = axes[1, column].imshow(
-            shown, cmap="inferno", origin="lower", vmin=heat_range[0], vmax=heat_range[1], alpha=0.85
+            shown, cmap="inferno", origin="lower", vmin=low, vmax=high, alpha=0.85, aspect=up / across
         )
         for mask, colour in ((truth, TRUE_COLOUR), (found, FOUND_COLOUR)):
-            if mask is not None and mask.any():
-                axes[0, column].contour(mask > 0, levels=[0.5], colors=[colour], linewidths=1.1)
+            if mask is not None and mask.any() and not mask.all():
+                axes[0, column].contour(mask, levels=[0.5], colors=[colour], linewidths=0.9)
     bar = figure.colorbar(heat, ax=axes[1, :], shrink=0.85, pad=0.01, extend="max")
     bar.set_label(score_name, color="white")
     bar.ax.tick_params(colors="white")
     outlines = [Line2D([], [], color=FOUND_COLOUR, label="found")]
-    if label is not None:
+    if view.truth is not None:
         outlines.append(Line2D([], [], color=TRUE_COLOUR, label="true lesion"))
-    axes[0, 2].legend(handles=outlines, loc="upper right", fontsize=8, facecolor="black", labelcolor="white")
+    axes[0, -1].legend(handles=outlines, loc="upper right", fontsize=8, facecolor="black", labelcolor="white")
     figure.suptitle(title, color="white", fontsize=11)
+    voxel = " x ".join(f"{v:.2f}" for v in view.spacing)
+    convention = f"Radiological convention: the patient's left is on the right. The scan's own voxels, {voxel} mm."
+    figure.supxlabel(convention, color="white", fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _around_brain(view: View, axis: int) -> tuple[slice, slice]:
+    """The part of planes across ``axis`` that has the brain, and a margin."""
+    kept = [a for a in range(3) if a != axis]
+    marked = view.brain if view.brain.any() else np.ones_like(view.brain)
+    slices = []
+    for a in kept:
+        where = np.flatnonzero(marked.any(tuple(b for b in range(3) if b != a)))
+        margin = round(_MARGIN_MM / view.spacing[a])
+        slices.append(slice(max(0, int(where[0]) - margin), int(where[-1]) + 1 + margin))
+    return slices[0], slices[1]

@@ -26,14 +26,16 @@ from bundle.data.files import (
     share,
     unwritable,
     write_text,
-    write_volume,
 )
+from bundle.data.formats import RESULT_ENDINGS, result_ending, write_result
 from bundle.errors import InputError, explain
 from bundle.parallel import gather, is_main
 from bundle.scoring import CalibrationFile, FindLesionsd
 from bundle.transforms import normative_file
 
 from .figure import draw_report, heat_scale
+from .pages import write_overview, write_viewer
+from .view import View
 
 COLUMNS = (
     *("name", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
@@ -104,7 +106,11 @@ def _earlier_results(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, 
         return {}, {}
     with (folder / "summary.csv").open(newline="") as table:
         rows = {row["name"]: row for row in csv.DictReader(table) if row.get("name") and is_done(row)}
-    there = {name: row for name, row in rows.items() if (folder / name / f"{name}_heatmap.nii.gz").is_file()}
+    there = {
+        name: row
+        for name, row in rows.items()
+        if any((folder / name / f"{name}_heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
+    }
     return there, {name: known for name, known in record.get("scans", {}).items() if name in there}
 
 
@@ -114,14 +120,16 @@ class SaveFindings:
 
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
     (float32), ``NAME_lesion.nii.gz`` and ``NAME_coverage.nii.gz`` (uint8; 0 not brain, 1 brain that was looked at, 2
-    brain that was not), all on the input's grid, and ``NAME_report.png``. The ``status`` of its
+    brain that was not), all on the input's grid (as ``.nrrd`` or ``.mha`` where the scan is of such a format), and
+    ``NAME_report.png`` and ``NAME_report.html``, a viewer; ``report.html`` is the table with links to them. The
+    ``status`` of its
     row is "ok", "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans
     are done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that
     holds anything else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
 
-    Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label`` on the atlas grid,
-    ``heatmap_atlas`` and ``lesion_atlas`` there too, ``heatmap``, ``lesion`` and ``coverage`` back on the input's grid,
-    and ``result`` as `LabelMapd` makes it.
+    Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label``, whose files are read again
+    for the pictures, ``heatmap``, ``lesion`` and ``coverage`` back on the input's grid, and ``result`` as
+    `LabelMapd` makes it.
 
     Args:
         output_dir: OUT.
@@ -145,6 +153,7 @@ class SaveFindings:
         self.settings, self.scans, self.finished = settings or {}, scans, finished or {}
         self.rows: list[dict[str, Any]] = []
         self.others: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
         self.begun = self.started = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
@@ -161,7 +170,7 @@ class SaveFindings:
             _require_ours(self.output_dir / scan["name"])
         claim_folder(self.output_dir)
         if is_main():
-            facts = run_facts(self.settings, self.find_lesions.calibration)
+            facts = self.facts = run_facts(self.settings, self.find_lesions.calibration)
             scans = {scan["name"]: _scan_facts(scan) for scan in self.scans}
             rows, known = _earlier_results(self.output_dir, facts)
             self.others = [row for name, row in rows.items() if name not in scans]
@@ -174,6 +183,7 @@ class SaveFindings:
 
     def _write_table(self, rows: list[dict[str, Any]]) -> None:
         write_table(self.output_dir / "summary.csv", [*self.others, *rows], COLUMNS)
+        write_overview(self.output_dir / "report.html", [*self.others, *rows], self.facts)
 
     def start_clock(self, engine: Engine) -> None:
         self.started = time.monotonic()
@@ -210,9 +220,7 @@ class SaveFindings:
             print(f"[{done}/{self.total}] {name}: {told}, {row['seconds']} s{until}", flush=True)
 
     def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
-        heatmap, lesion = output["heatmap"], output["lesion"]
-        volumes = {k: np.asarray(output[k][0]) for k in ("heatmap", "lesion", "heatmap_atlas", "lesion_atlas")}
-        found, figures = volumes["lesion"] > 0, output["result"]
+        affine, figures = output["heatmap"].affine, output["result"]
         row = {
             "lesion_volume_ml": f"{figures['lesion_volume_ml']:.2f}",
             "lesions": len(figures["lesions"]),
@@ -223,27 +231,21 @@ class SaveFindings:
         percent = row["not_examined_percent"]
         left_out = "" if percent == "0.0" else f", {percent} % of the brain not examined"
         doubt = f"\nFLAGGED: {output['flags']}" if output.get("flags") else ""
-        header = nifti_header(output["image"].meta["filename_or_obj"])
-        label, fusion = output.get("label"), self.find_lesions.calibration.load().fusion
+        file = output["image"].meta["filename_or_obj"]
+        header = nifti_header(file)
+        fusion = self.find_lesions.calibration.load().fusion
         rule = None if fusion is None else fusion.rule
         self.output_dir.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))
         try:
-            write_volume(
-                partial / f"{name}_heatmap.nii.gz", volumes["heatmap"].astype(np.float32), heatmap.affine, header
-            )
-            write_volume(partial / f"{name}_lesion.nii.gz", found.astype(np.uint8), lesion.affine, header)
-            coverage = np.asarray(output["coverage"][0]).astype(np.uint8)
-            write_volume(partial / f"{name}_coverage.nii.gz", coverage, lesion.affine, header)
-            draw_report(
-                partial / f"{name}_report.png",
-                f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}",
-                np.asarray(output["image"][0].cpu()),
-                volumes["heatmap_atlas"],
-                volumes["lesion_atlas"],
-                None if label is None else np.asarray(label[0].cpu()),
-                *heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold()),
-            )
+            for kind, dtype in (("heatmap", np.float32), ("lesion", np.uint8), ("coverage", np.uint8)):
+                volume = np.asarray(output[kind][0]).astype(dtype)
+                write_result(partial / f"{name}_{kind}{result_ending(file)}", volume, affine, header)
+            view = View.of_result(output, self.settings.get("contrast"))
+            scale = heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold())
+            title = f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}"
+            draw_report(partial / f"{name}_report.png", title, view, figures["lesions"], *scale)
+            write_viewer(partial / f"{name}_report.html", name, view, figures, *scale, flags=output.get("flags") or "")
             share(partial)
             _replace_folder(partial, self.output_dir / name)
         finally:
@@ -276,8 +278,8 @@ def as_list(batch: Any) -> list[dict[str, Any]]:
 
 def _require_ours(folder: Path) -> None:
     """Raises: InputError: what is there is not the results of a scan."""
-    kinds = ("heatmap.nii.gz", "lesion.nii.gz", "coverage.nii.gz", "report.png")
-    results = {f"{folder.name}_{what}" for what in kinds}
+    volumes = {f"{kind}{ending}" for kind in ("heatmap", "lesion", "coverage") for ending in RESULT_ENDINGS}
+    results = {f"{folder.name}_{what}" for what in (*volumes, "report.png", "report.html")}
     if folder.exists() and not (
         folder.is_dir() and all(f.name in results or f.name.startswith(".") for f in folder.iterdir())
     ):

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nibabel as nib
 import numpy as np
-from jinja2 import Environment, PackageLoader
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -20,6 +20,7 @@ from bundle.metrics import Case, ScoreCurve
 from bundle.metrics.case import CASE_METRICS
 
 from .figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR, heat_scale
+from .pages import environment
 
 _SLICES = 3
 
@@ -150,6 +151,7 @@ def write_report(path: str | Path, content: Mapping[str, Any], cases: Sequence[C
         for title, name in {"best": ranked[0], "median": ranked[len(ranked) // 2], "worst": ranked[-1]}.items():
             picture = _embedded(draw_strip(by_name[name], heat_range), 60)
             chosen.append({"title": title, "name": name, "auprc": area[name], "picture": picture})
-    environment = Environment(loader=PackageLoader("bundle.reports", "."), autoescape=True, trim_blocks=True)
-    page = environment.get_template("report.html.j2")
-    write_text(path, page.render(content, figures=figures, chosen=chosen, metrics=CASE_METRICS, score=score))
+    folder = Path(path).parent / "cases"
+    pages = {name: f"cases/{quote(name)}.html" for name in content["cases"] if (folder / f"{name}.html").is_file()}
+    shown = {"figures": figures, "chosen": chosen, "pages": pages, "metrics": CASE_METRICS, "score": score}
+    write_text(path, environment().get_template("report.html.j2").render(content, **shown))

@@ -1,4 +1,4 @@
-"""What evaluation leaves behind: ``metrics.json``, ``metrics.csv`` and ``report.html``."""
+"""What evaluation leaves behind: ``metrics.json``, ``metrics.csv``, ``report.html`` and a viewer of each case."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from bundle.metrics import CASE_METRICS, Case, measure_methods, summarise
 from bundle.parallel import gather, is_main
 from bundle.scoring import FindLesionsd
 
+from .figure import heat_scale
 from .findings import as_list, calibration_files, write_table
 from .html import Strip, write_report
+from .pages import write_viewer
+from .view import View
+from .viewer import describe_findings
 
 
 class SaveMetrics:
@@ -27,8 +31,8 @@ class SaveMetrics:
 
     ``metrics.json`` holds ``methods`` (name -> figures of the cohort), ``cases`` (name -> method -> figures), as
     `bundle.metrics.summarise` makes them, ``threshold`` with how it was chosen, and ``settings``; null is a figure that
-    is not defined. ``metrics.csv`` has one row per case and method, ``report.html`` shows it all. Scans that failed are
-    listed at the end by an `InputError` with exit code 3 (2 if all have).
+    is not defined. ``metrics.csv`` has one row per case and method, ``report.html`` shows it all, with a viewer of each
+    case in ``cases``. Scans that failed are listed at the end by an `InputError` with exit code 3 (2 if all have).
 
     Args:
         output_dir: where to.
@@ -66,8 +70,23 @@ class SaveMetrics:
             self.cases.append(Case(name, person, purpose, measure_methods(data, self.find_lesions.score)))
             if purpose == "test":
                 self.strips.append(Strip.of(data))
+                self._write_page(name, data)
             doubt = f", flagged: {data['flags']}" if data.get("flags") else ""
             print(f"[{len(self.cases) + len(self.failures)}/{self.total}] {purpose}: {name}{doubt}", flush=True)
+
+    def _write_page(self, name: str, data: Mapping[str, Any]) -> None:
+        """``cases/NAME.html``: the viewer of a case, where the metrics are taken, with its true lesions."""
+        cut, fusion = self.find_lesions, self.find_lesions.calibration.load().fusion
+        image, heatmap, lesion = (data[key].cpu() for key in ("image", "heatmap", "lesion"))
+        result = describe_findings(heatmap, lesion, image > 0, data.get("to_atlas"), image)
+        write_viewer(
+            self.output_dir / f"cases/{name}.html",
+            name,
+            View.of(image, heatmap, image, lesion, data.get("label")),
+            {**result, "threshold": cut.threshold()},
+            *heat_scale(cut.score, None if fusion is None else fusion.rule, cut.threshold()),
+            flags=data.get("flags") or "",
+        )
 
     def finish(self, engine: Any) -> None:
         cases, strips, failures = gather(self.cases), gather(self.strips), gather(self.failures)

@@ -13,7 +13,7 @@ from monai.transforms import MapTransform
 from skimage.measure import label as connected
 from skimage.measure import regionprops
 
-from bundle.data.own_volume import own_voxel_mm3
+from bundle.data.own_volume import own_voxel_mm3, scan_to_atlas
 from bundle.errors import InputError
 from bundle.scoring import FindLesionsd
 from bundle.transforms import NOT_EXAMINED
@@ -28,24 +28,33 @@ def chosen(options: Any) -> Any:
 
 
 def describe_findings(
-    heatmap: MetaTensor, lesion: MetaTensor, brain_mask: torch.Tensor, to_atlas: Any = None
+    heatmap: MetaTensor,
+    lesion: MetaTensor,
+    brain_mask: torch.Tensor,
+    to_atlas: Any = None,
+    image: MetaTensor | None = None,
 ) -> dict[str, Any]:
     """A scan in figures, all plain numbers: ``max_score`` and ``mean_score`` of its brain, ``lesion_volume_ml``, and
-    ``lesions`` (26 neighbours), the strongest first, with ``volume_ml``, ``max_score`` and ``center_mm`` (RAS).
+    ``lesions`` (26 neighbours), the strongest first, with ``volume_ml``, ``max_score``, and where they are (mm, RAS):
+    ``center_mm``, ``peak_mm`` (of the highest score) and ``center_atlas_mm`` (the centre, in the atlas).
 
     Args:
         heatmap, lesion, brain_mask: ``[1, X, Y, Z]`` on one grid.
         to_atlas: of the scan's item, if it has one, see `own_voxel_mm3`: volumes are the scan's own.
+        image: the scan as it was aligned, whose history tells the way to the atlas; None if it lies there.
     """
     scores, found = heatmap[0].numpy(), lesion[0].numpy() > 0
     inside = scores[np.asarray(brain_mask[0]) > 0]
     affine = np.asarray(heatmap.affine)
+    aligned = np.eye(4) if image is None else scan_to_atlas(image)
     ml = own_voxel_mm3(heatmap, to_atlas) / 1000
     lesions = [
         {
             "volume_ml": float(region.area * ml),
             "max_score": float(region.intensity_max),
-            "center_mm": [round(float(v), 1) for v in (affine @ [*region.centroid, 1.0])[:3]],
+            "center_mm": _place(affine, region.centroid),
+            "peak_mm": _place(affine, region.coords[np.argmax(scores[tuple(region.coords.T)])]),
+            "center_atlas_mm": _place(aligned @ affine, region.centroid),
         }
         for region in regionprops(connected(found, connectivity=3), intensity_image=scores)
     ]
@@ -55,6 +64,10 @@ def describe_findings(
         "lesion_volume_ml": float(found.sum() * ml),
         "lesions": sorted(lesions, key=lambda found: -found["max_score"]),
     }
+
+
+def _place(affine: np.ndarray, voxel: Any) -> list[float]:
+    return [round(float(v), 1) for v in (affine @ [*voxel, 1.0])[:3]]
 
 
 class LabelMapd(MapTransform):
@@ -95,7 +108,7 @@ class LabelMapd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         heatmap, lesion = d[self.keys[0]].cpu(), d[self.lesion_key].cpu()
-        result = describe_findings(heatmap, lesion, d[self.mask_key].cpu(), d.get("to_atlas"))
+        result = describe_findings(heatmap, lesion, d[self.mask_key].cpu(), d.get("to_atlas"), d.get("image"))
         d["result"] = {**result, "score": self.find_lesions.score, "threshold": self.find_lesions.threshold()}
         d["result"]["not_examined_percent"] = 100 * float(d.get("not_examined", 0.0))
         if d.get("flags"):

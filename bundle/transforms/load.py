@@ -4,49 +4,50 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
+from nibabel.openers import ImageOpener
 
-from bundle.data.atlas import from_sitk
+from bundle.data.files import BEST_COMPRESSION, ITK_ENDINGS, MOST_VOXELS, analyze_pair
+from bundle.data.formats import read_dicom, read_dicom_zip, read_itk
 from bundle.errors import InputError, flag
 
 from .brain import mask_volume_ml
 
 # fewer slices cannot be registered, and a single one would be taken for a column through the whole head
 _FEWEST_VOXELS = 4
-# more, as float32, would fill 8 GiB; and no compression of a scan, nor gzip itself, does better than this
-_MOST_VOXELS, _BEST_COMPRESSION = 2**31, 1100
 _LARGEST_DIFFERENCE_MM = 2.0
 _LONGEST_TAIL = 1 << 26  # bytes beside the voxels
 _LARGEST_LESION_ML = 1000.0
 
 
 class LoadScand(MapTransform):
-    """Load NIfTI files, or folders with one DICOM series each, as ``[1, X, Y, Z]`` (`MetaTensor`, float32, voxels as
-    the file has them).
+    """Load volumes as ``[1, X, Y, Z]`` (`MetaTensor`, float32, voxels as the file has them): NIfTI, MGZ and Analyze
+    through nibabel, NRRD, MetaImage and DICOM series (in a folder or a zip) through ITK.
 
     A 4D file is accepted if it holds one volume, and so is a `MetaTensor` in the place of a path, ``[X, Y, Z]`` or with
     a channel before.
 
     Args:
         keys: paths.
+        contrast: which of several DICOM series is wanted; None takes the item's own ``contrast``.
 
     Raises:
         InputError: not a readable volume, not one volume in three dimensions, or a header that cannot be trusted
             (`check_header`).
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, contrast: str | None = None) -> None:
         super().__init__(keys, allow_missing_keys)
+        self.contrast = contrast
         self.load = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -60,8 +61,11 @@ class LoadScand(MapTransform):
                 d[key] = _check(image, file)
             else:
                 file = str(d[key])
-                if Path(file).is_dir():
-                    d[key] = read_dicom(file)
+                if Path(file).is_dir() or file.lower().endswith(".zip"):
+                    read = read_dicom if Path(file).is_dir() else read_dicom_zip
+                    d[key] = read(file, self.contrast or d.get("contrast"))
+                elif file.lower().endswith(ITK_ENDINGS):
+                    d[key] = _check(read_itk(file), file)
                 else:
                     doubt = check_header(file)
                     d[key] = self._read(file)
@@ -75,37 +79,51 @@ class LoadScand(MapTransform):
         try:
             image = self.load(file)
         except Exception as error:  # nibabel, zlib and NumPy each have their own for a broken file
-            raise InputError(f"{file}: cannot be read as a NIfTI image; is the file complete?") from error
+            raise InputError(f"{file}: cannot be read as {_called(file)}; is the file complete?") from error
         return _check(image[..., 0] if image.ndim == 5 and image.shape[0] == 1 else image, file)
 
 
 def check_header(file: str) -> str:
-    """Look at a NIfTI header before its voxels are read: a broken one may ask for more memory than there is.
+    """Look at the header of a NIfTI, FreeSurfer or Analyze file before its voxels are read: a broken one may ask for
+    more memory than there is.
 
     Returns:
         a doubt to be flagged: sform and qform disagree by more than 2 mm somewhere in the volume (the sform counts, as
-        for nibabel and ITK). "" if there is none.
+        for nibabel and ITK); an Analyze header, which knows no left and right. "" if there is none.
 
     Raises:
-        InputError: not a NIfTI file, colours, impossible sizes, no orientation, or two that mirror each other.
+        InputError: not such a file, colours, impossible sizes, no orientation, or two that mirror each other.
     """
+    pair = analyze_pair(file)
+    if pair and not all(half.is_file() for half in pair):
+        raise InputError(f"{file}: an Analyze image is a .hdr and a .img file; put the other beside it")
     try:
-        image = nib.load(file)
-        header, shape = image.header, image.shape  # type: ignore[attr-defined]
-        voxels, dtype = int(np.prod(shape, dtype=object)), image.get_data_dtype()  # type: ignore[attr-defined]
-        if not isinstance(image, (nib.Nifti1Image, nib.Nifti2Image)):
-            return ""
+        image: Any = nib.load(file)
+        header, shape = image.header, image.shape
+        voxels, dtype = int(np.prod(shape, dtype=object)), image.get_data_dtype()
     except Exception as error:  # nibabel, zlib and NumPy each have their own for a broken file
-        raise InputError(f"{file}: cannot be read as a NIfTI image; is the file complete?") from error
+        raise InputError(f"{file}: cannot be read as {_called(file)}; is the file complete?") from error
     if dtype.fields is not None or dtype.kind == "c":
         raise InputError(f"{file}: holds colours or complex numbers; a scan has one grey value per voxel")
-    size = Path(file).stat().st_size * (_BEST_COMPRESSION if file.lower().endswith(".gz") else 1)
+    packed = file.lower().endswith((".gz", ".mgz"))
+    size = (pair[1] if pair else Path(file)).stat().st_size * (BEST_COMPRESSION if packed else 1)
     if min(shape, default=0) < 1 or voxels * dtype.itemsize > size:
         raise InputError(f"{file}: its header tells of {'x'.join(map(str, shape))} voxels, which it cannot hold")
-    if voxels > _MOST_VOXELS:
+    if voxels > MOST_VOXELS:
         raise InputError(f"{file}: has {'x'.join(map(str, shape))} voxels; no scan of a head is that large")
-    if file.lower().endswith(".gz") and not _is_whole(file, voxels * dtype.itemsize):
+    if packed and not _is_whole(file, voxels * dtype.itemsize):
         raise InputError(f"{file}: cannot be read as it was written (its checksum does not fit); is the file complete?")
+    if isinstance(image, nib.MGHImage):
+        with ImageOpener(file) as stream:
+            if stream.read(30)[28:] == bytes(2):  # nibabel would make an orientation up
+                raise InputError(f"{file}: its header has no orientation (goodRASFlag is 0); set one")
+    if not isinstance(image, (nib.Nifti1Pair, nib.Nifti2Pair)):
+        is_analyze = pair and not pair[1].with_suffix(".mat").is_file()
+        return (
+            "an Analyze header knows no left and right; its rows were taken to run from right to left"
+            if is_analyze
+            else ""
+        )
     forms = [f for f in (_form(header, "sform"), _form(header, "qform")) if f is not None]
     if not forms:
         raise InputError(f"{file}: its header has no orientation (sform and qform are not set); set one")
@@ -133,6 +151,12 @@ def _is_whole(file: str, size: int) -> bool:
     except (OSError, EOFError, zlib.error):
         return False
     return True
+
+
+def _called(file: str) -> str:
+    """Name of the format that a file's ending tells."""
+    named = {".mgz": "an MGZ image", ".mgh": "an MGZ image", ".hdr": "an Analyze image", ".img": "an Analyze image"}
+    return named.get(Path(file).suffix.lower(), "a NIfTI image")
 
 
 def _form(header: Any, which: str) -> np.ndarray | None:
@@ -215,41 +239,3 @@ class IgnoreLabelsd(MapTransform):
         for key in self.key_iterator(d):
             d[key] = d[key].masked_fill(torch.isin(d[key].as_tensor(), ignored.to(d[key].dtype)), -1)
         return d
-
-
-def read_dicom(folder: str) -> MetaTensor:
-    """Read a folder with one DICOM series through ITK (GDCM), as ``[1, X, Y, Z]`` with its affine in RAS mm.
-
-    Raises:
-        InputError: no series, or more than one; slices missing or of different sizes; colours.
-    """
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
-    if len(series) != 1:
-        raise InputError(f"{folder}: holds {len(series)} DICOM series; give a folder with one")
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, series[0])
-    try:
-        gaps = np.diff(_slice_positions(files))
-        image = sitk.ReadImage(files)
-    except RuntimeError as error:
-        raise InputError(f"{folder}: its DICOM series cannot be read; is it complete?") from error
-    if gaps.size and np.abs(gaps - np.median(gaps)).max() > 0.1 * abs(np.median(gaps)):
-        raise InputError(
-            f"{folder}: slices lie {gaps.min():.2f} to {gaps.max():.2f} mm apart; some are missing or of another series"
-        )
-    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() != 3:
-        raise InputError(f"{folder}: its DICOM series is not one grey-scale volume")
-    scan = from_sitk(image)
-    scan.meta["filename_or_obj"] = folder
-    return scan
-
-
-def _slice_positions(files: Sequence[str]) -> np.ndarray:
-    """Position of each file's slice along the normal of the slices, mm."""
-    positions = []
-    reader = sitk.ImageFileReader()
-    for file in files:
-        reader.SetFileName(file)
-        reader.ReadImageInformation()
-        normal = np.reshape(reader.GetDirection(), (3, 3))[:, 2]
-        positions.append(float(normal @ np.array(reader.GetOrigin())))
-    return np.array(positions)

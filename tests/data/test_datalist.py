@@ -107,15 +107,15 @@ def test_a_folder_of_scans_with_their_companions(tmp_path):
 
 def test_links_and_other_formats_are_told(tmp_path):
     folder, away = tmp_path / "scans", tmp_path / "away"
-    for name in ("scans/a.nii.gz", "scans/old.mgz", "scans/older.img", "away/b.nii.gz"):
+    for name in ("scans/a.nii.gz", "scans/old.mgz", "scans/older.img", "scans/oldest.hdr", "away/b.nii.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     (folder / "linked").symlink_to(away)
     (away / "loop").symlink_to(folder)
     (folder / "annexed.nii.gz").symlink_to("nowhere")
-    with pytest.warns(UserWarning, match=r"old(er)?\.(mgz|img): not read, like 2 files"):
+    with pytest.warns(UserWarning, match=r"older\.img: not read, like 2 such files"):
         scans = list_scans(folder)
-    assert [s["name"] for s in scans] == ["a", "annexed", "b"]
+    assert [s["name"] for s in scans] == ["a", "annexed", "b", "old"]
 
 
 def test_names_that_cannot_be_written_are_made_so(tmp_path):
@@ -143,8 +143,8 @@ def test_single_file_mask_and_prepared_dataset(tmp_path):
     ("path", "mask", "message"),
     [
         ("gone", None, "not found"),
-        ("notes.txt", None, "not a NIfTI"),
-        ("empty", None, "no NIfTI"),
+        ("notes.txt", None, "not a scan; it must be NIfTI"),
+        ("empty", None, "no scan in it"),
         ("a.nii", "gone.nii", r"gone\.nii: brain mask not found"),
         ("two", "a.nii", "cannot serve 2 scans"),
         ("twice", None, "keep one of the two"),

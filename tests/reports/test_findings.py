@@ -44,9 +44,9 @@ def written(folder, not_examined):
     scan = write_nifti(folder / "scan.nii.gz", np.ones((4, 5, 6)), affine)
     coverage = np.ones((4, 5, 6))
     coverage[..., 4:] = 2
-    volumes = {k: meta(np.ones((4, 5, 6)), affine) for k in ("image", "heatmap", "heatmap_atlas", "lesion_atlas")}
+    volumes = {k: meta(np.ones((4, 5, 6)), affine) for k in ("image", "heatmap")}
     volumes["image"].meta["filename_or_obj"] = str(scan)
-    result = {"lesion_volume_ml": 0.0, "lesions": [], "max_score": 1.0, "mean_score": 1.0}
+    result = {"lesion_volume_ml": 0.0, "lesions": [], "max_score": 1.0, "mean_score": 1.0, "threshold": 1.0}
     result["not_examined_percent"] = not_examined
     output = {**volumes, "lesion": volumes["image"] * 0, "coverage": meta(coverage, affine), "result": result}
     calibration = SimpleNamespace(load=lambda: SimpleNamespace(fusion=None))

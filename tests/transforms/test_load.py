@@ -3,10 +3,11 @@ import gzip
 import nibabel as nib
 import numpy as np
 import pytest
+from monai.transforms import Orientationd
 
 from bundle.errors import InputError
 from bundle.transforms import CheckLabelsd, IgnoreLabelsd, LoadScand
-from tests.conftest import meta, write_dicom, write_nifti
+from tests.conftest import FORMATS, meta, write_dicom, write_nifti, write_scan
 
 AFFINE = np.array([[0, 0, -3.0, 40], [0.5, 0, 0, -70], [0, 0.5, 0, -60], [0, 0, 0, 1]])
 
@@ -144,3 +145,125 @@ def test_ignored_labels_are_neither_lesion_nor_healthy():
     out = IgnoreLabelsd("label")({"label": label, "ignored_labels": [2, 7]})
     assert out["label"].flatten().tolist() == [0, 1, -1, 3]
     assert IgnoreLabelsd("label")({"label": label})["label"].flatten().tolist() == [0, 1, 2, 3]
+
+
+SIDEWAYS = np.array([[-0.5, 0, 0, 3.0], [0, 0.5, 0, -3.5], [0, 0, 2.0, -9], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_every_format_is_the_same_volume(tmp_path, ending):
+    volume = np.random.randint(0, 4000, (12, 14, 10)).astype(float)
+    affine = SIDEWAYS.copy()
+    if ending == "hdr":  # the middle of the volume is the origin, for it knows no other
+        affine[:3, 3] = -affine[:3, :3] @ (np.array(volume.shape) - 1) / 2
+    turn = Orientationd("image", axcodes="RAS", labels=None)  # a series has the order of its slices, not of its files
+    file = write_scan(tmp_path, "head", ending, volume, affine)
+    (tmp_path / "head.mat").unlink(missing_ok=True)  # plain Analyze has none
+    data = turn(LoadScand("image")({"image": file}))
+    expected = turn({"image": meta(volume, affine)})["image"]
+    np.testing.assert_array_equal(data["image"], expected)
+    assert data["image"].meta["filename_or_obj"] == str(tmp_path / f"head.{ending}")
+    np.testing.assert_allclose(data["image"].affine, expected.affine, atol=1e-5)
+    assert data.get("flags", "").endswith("from right to left" if ending == "hdr" else "")
+
+
+@pytest.mark.parametrize("ending", [f for f in FORMATS if f != "nii.gz"])
+def test_broken_files_of_other_formats_are_named(tmp_path, ending):
+    file = write_scan(tmp_path, "head", ending, np.random.randint(0, 4000, (12, 14, 10)).astype(float), SIDEWAYS)
+    voxels = {"nhdr": "raw.gz", "mhd": "zraw", "hdr": "img"}.get(ending)
+    voxels = file if voxels is None else file.with_suffix(f".{voxels}")
+    good = voxels.read_bytes()
+    for content in (b"", b"not an image", good[: len(good) // 2], good[:-400]):
+        voxels.write_bytes(content)
+        with pytest.raises(InputError, match=rf"head\.{ending}: (cannot be|its header tells of|holds 0|its DICOM)"):
+            LoadScand("image")({"image": file})
+    if voxels != file:
+        voxels.unlink()
+        with pytest.raises(InputError, match=rf"head\.{ending}: .* beside it"):
+            LoadScand("image")({"image": file})
+
+
+def damaged(file, old, new):
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new, 1))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("ending", "old", "new", "message"),
+    [
+        ("nrrd", b"space: left-posterior-superior", b"space dimension: 3", "has no orientation"),
+        ("nrrd", b"sizes: 12 14 10", b"sizes: 99999 99999 9", "which it cannot hold|cannot be read"),
+        ("nhdr", b"data file: head.raw.gz", b"data file: /etc/passwd", "in one file beside it, not in '/etc/passwd'"),
+        ("nhdr", b"data file: head.raw.gz", b"data file: LIST", "in one file beside it"),
+        ("mhd", b"ElementDataFile = head.zraw", b"ElementDataFile = ../head.zraw", "in one file beside it"),
+        ("mhd", b"ElementDataFile = head.zraw", b"ElementDataFile = h%03d.raw 1 9 1", "in one file beside it"),
+        ("mha", b"NDims = 3", b"NDims = 99", "cannot be read as MetaImage"),
+        ("mha", b"DimSize = 12 14 10", b"DimSize = 99999 99999 9", "which it cannot hold"),
+        ("mha", b"TransformMatrix = 1", b"TransformMatrix = 0", "no usable orientation|cannot be read"),
+    ],
+)
+def test_headers_of_itk_that_cannot_be_trusted(tmp_path, ending, old, new, message):
+    file = write_scan(tmp_path, "head", ending, np.random.randint(0, 4000, (12, 14, 10)).astype(float), SIDEWAYS)
+    with pytest.raises(InputError, match=rf"head\.{ending}: .*({message})"):
+        LoadScand("image")({"image": damaged(file, old, new)})
+
+
+def test_what_other_formats_hold_besides_a_scan_is_named(tmp_path):
+    import SimpleITK as sitk
+
+    sitk.WriteImage(sitk.Image([9, 9, 9], sitk.sitkVectorFloat32, 3), str(tmp_path / "rgb.nrrd"))
+    sitk.WriteImage(sitk.Image([9, 9, 9, 2], sitk.sitkFloat32), str(tmp_path / "two.mha"))
+    sitk.WriteImage(sitk.Image([9, 9], sitk.sitkFloat32), str(tmp_path / "flat.mha"))
+    sitk.WriteImage(sitk.Image([9, 8, 7, 1], sitk.sitkFloat32), str(tmp_path / "one.nrrd"))
+    for name, message in (("rgb.nrrd", "holds colours"), ("two.mha", "holds 2 volumes"), ("flat.mha", "has 2 dim")):
+        with pytest.raises(InputError, match=rf"{name}: {message}"):
+            LoadScand("image")({"image": tmp_path / name})
+    mgh = write_scan(tmp_path, "head", "mgh", np.ones((9, 9, 9)), SIDEWAYS)
+    content = bytearray(mgh.read_bytes())
+    content[28:30] = bytes(2)
+    mgh.write_bytes(content)
+    with pytest.raises(InputError, match="goodRASFlag is 0"):
+        LoadScand("image")({"image": mgh})
+    changed = write_scan(tmp_path, "packed", "mha", np.random.rand(9, 9, 9), SIDEWAYS)
+    content = bytearray(changed.read_bytes())
+    content[-40] ^= 4
+    changed.write_bytes(content)
+    with pytest.raises(InputError, match="its checksum does not fit"):
+        LoadScand("image")({"image": changed})
+
+
+def series(folder, volume, names):
+    """Several series in one folder, each with its description, or its repetition, echo and inversion time."""
+    import pydicom
+
+    for number, what in enumerate(names):
+        for file in write_dicom(folder / "new", volume + number, np.diag([-1.0, -1.0, 3.0, 1.0])).iterdir():
+            slice_ = pydicom.dcmread(file)
+            if isinstance(what, str):
+                slice_.SeriesDescription = what
+            else:
+                slice_.RepetitionTime, slice_.EchoTime, slice_.InversionTime = what
+            slice_.save_as(folder / f"{number}_{file.name}")
+            file.unlink()
+    (folder / "new").rmdir()
+    return folder
+
+
+def test_of_several_series_that_of_the_contrast_is_taken(tmp_path):
+    volume = np.random.randint(0, 4000, (12, 10, 7))
+    names = ("localizer", "t2_tirm_tra_dark-fluid", "T1 MPRAGE sag", "T2w TSE", "t1_mprage post")
+    times = ((500, 15, 0), (9000, 120, 2500), (5000, 90, 0))
+    for folder, order in (
+        (series(tmp_path / "named", volume, names), {"flair": 1, "t1": 2, "t2": 3}),
+        (series(tmp_path / "timed", volume, times), {"t1": 0, "flair": 1, "t2": 2}),
+    ):
+        for contrast, number in order.items():
+            image = LoadScand("image", contrast=contrast)({"image": folder})["image"]
+            np.testing.assert_array_equal(image[0], volume + number)
+    image = LoadScand("image")({"image": tmp_path / "named", "contrast": "t2"})["image"]
+    np.testing.assert_array_equal(image[0], volume + 3)
+    told = r"named: holds 5 DICOM series, 0 of them pd: .*'T1 MPRAGE sag' \(7 files, t1\).*; give a folder with one"
+    with pytest.raises(InputError, match=told):
+        LoadScand("image", contrast="pd")({"image": tmp_path / "named"})
