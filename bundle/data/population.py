@@ -19,9 +19,9 @@ _CODES, _STEP = 65520, 16
 _MAP_SPACING = 2.0
 
 
-def coarsening(spacing: float) -> int:
-    """Edge, in voxels of a grid of ``spacing`` mm, of the blocks that maps are kept in: 2 mm, or one voxel."""
-    return max(1, round(_MAP_SPACING / spacing))
+def coarsening(spacing: float, lattice: float = _MAP_SPACING) -> int:
+    """Edge, in voxels of a grid of ``spacing`` mm, of the blocks that maps are kept in: ``lattice`` mm, or 1."""
+    return max(1, round(lattice / spacing))
 
 
 def coarsen(volume: torch.Tensor, inside: torch.Tensor, factor: int) -> torch.Tensor:

@@ -72,8 +72,8 @@ class PatchLocationInferer(Inferer):
         max_positions: patches evaluated at once; bounds the memory, whatever the size of the volume.
         precision: "float32", or "bfloat16" for autocast.
         output: "anomaly" gives log squared error and log variance ``[B, 2, H, W, D]``, voxels outside the brain set to
-            the lowest score inside; "location" gives the network's four channels as they are, 0 outside the brain;
-            "paper" gives `paper_channels`, outside the brain too as far as the paper's score needs them.
+            the lowest score inside; "location" gives the network's channels, four or any number, as they are, 0 outside
+            the brain; "paper" gives `paper_channels`, outside the brain too as far as the paper's score needs them.
         whole_slices: run slices as they are, one by one, all of one size: for engines that are compiled for a shape.
             Otherwise only the bounding boxes that hold brain are run.
         model_file: weights (a flat state dict) that are put into the network before its first volume. MONAI's runner
@@ -139,7 +139,7 @@ class PatchLocationInferer(Inferer):
             network.to(device)
 
     def _volume(self, volume: torch.Tensor, network: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """``[H, W, D]`` to ``[2 or 4, H, W, D]``."""
+        """``[H, W, D]`` to ``[channels, H, W, D]``."""
         inside = volume > 0
         if not inside.any():
             raise ValueError("the volume holds no brain (no intensity above 0)")
@@ -147,7 +147,7 @@ class PatchLocationInferer(Inferer):
         p, s, before = self.patch_size, self.stride, self.patch_size // 2
         # every voxel with its whole patch, and up to s - 1 voxels more, for the positions behind the last voxel
         padded = F.pad(volume.permute(2, 0, 1), (before, p - 2 - before + s, before, p - 2 - before + s))
-        result = volume.new_zeros(4, h, w, d)
+        result = volume.new_zeros(0, h, w, d)
         for slices, (r0, r1), (c0, c1) in self._tiles(near(inside) if self.output == "paper" else inside):
             rows, cols = ((-(-(b - a - 1) // s)) * s + p for a, b in ((r0, r1), (c0, c1)))
             image = padded[slices, r0 : r0 + rows, c0 : c0 + cols][:, None]
@@ -159,6 +159,8 @@ class PatchLocationInferer(Inferer):
             if s > 1:
                 size = [(n - 1) * s + 1 for n in pred.shape[2:]]
                 pred = F.interpolate(pred.float(), size, mode="bilinear", align_corners=True)
+            if not len(result):
+                result = volume.new_zeros(pred.shape[1], h, w, d)
             result[:, r0:r1, c0:c1, slices] = pred[..., : r1 - r0, : c1 - c0].to(volume.dtype).permute(1, 2, 3, 0)
         if self.output == "location":
             return result * inside

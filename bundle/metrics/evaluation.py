@@ -27,10 +27,10 @@ SPACES = ("atlas", "native")
 class CompareMethodsd(MapTransform):
     """Add ``heatmap_NAME`` and ``lesion_NAME`` of every method that the score is compared with.
 
-    These are the parts of a fusion, the reconstruction residual where its map is calibrated and there, and `BASELINES`:
+    These are the parts of a fusion, other maps that are calibrated and there, and `BASELINES`:
     ``intensity`` (dark is abnormal on T1w, bright on T2w and FLAIR), ``intensity_opposite`` (its other tail),
     ``atlas_z`` (unusually dark or bright for its place), ``all_positive`` (the whole brain, whose AUPRC is the lesions'
-    share of it). Each is cut at the same quantile of healthy scans and cleaned of small findings, as the score is.
+    share of it). Each is cut by the same rule on healthy scans and cleaned of small findings, as the score is.
 
     Args:
         keys: anomaly channels ``[2, H, W, D]`` (one key).
@@ -58,8 +58,8 @@ class CompareMethodsd(MapTransform):
                 d[f"heatmap_{name}"] = d[f"lesion_{name}"] = brain
             else:
                 d[f"heatmap_{name}"] = score_of(name, calibration, d, self.keys[0], self.image_key)
-                threshold = calibration.threshold(name, self.find_lesions.quantile)
-                d[f"lesion_{name}"] = self.find_lesions.cut(d[f"heatmap_{name}"], threshold, d.get("to_atlas"))
+                cut = self.find_lesions.threshold(name)
+                d[f"lesion_{name}"] = self.find_lesions.cut(d[f"heatmap_{name}"], cut, d.get("to_atlas"))
         return d
 
 

@@ -106,6 +106,14 @@ class PatchLocator(nn.Module):
         return nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU(inplace=True), last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.embed(x)
+        variance_features = features.detach() if self.detach_variance else features
+        return torch.cat([self.location_head(features), self.variance_head(variance_features)], 1)
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, 2, H, W]`` to the features ``[B, features, H', W']`` that both heads read: what a patch looks like, at
+        its slice.
+        """
         features, plane = x[:, :1].contiguous(memory_format=torch.channels_last), x[:, 1:]
         strides = self.layer_strides(self.stride)
         dilation = 1
@@ -122,9 +130,7 @@ class PatchLocator(nn.Module):
         # the plane is constant within a slice, so any of its voxels tells the slice's position
         angle = plane[:, :, :1, :1] * self.frequencies.view(1, -1, 1, 1)
         position = self.position(torch.cat([angle.sin(), angle.cos()], 1))
-        features = nn.functional.relu(features + position, inplace=True)
-        variance_features = features.detach() if self.detach_variance else features
-        return torch.cat([self.location_head(features), self.variance_head(variance_features)], 1)
+        return nn.functional.relu(features + position, inplace=True)
 
     def layer_strides(self, stride: int) -> list[int]:
         """Stride of each convolution for an output stride: its own as long as that is not too coarse, then 1; what is

@@ -116,10 +116,9 @@ class SaveMetrics:
 
     def _threshold(self, content: Mapping[str, Any]) -> dict[str, Any]:
         cut = self.find_lesions
-        baselines = f"other methods are cut at their own value of healthy quantile {cut.quantile:g}"
-        chosen = f"quantile {cut.quantile:g} of the brain voxels of healthy scans held out for calibration; {baselines}"
+        chosen = f"{cut.rule()}; other methods are cut at theirs"
         if cut.fixed_threshold is not None:
-            chosen = f"set by hand; {baselines}"
+            chosen = f"set by hand; other methods are cut by {cut.rule()}"
         tuned = f"best mean Dice on {content['tuning_cases']} scans of the tuning section"
         return {
             "value": cut.threshold(),

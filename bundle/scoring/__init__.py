@@ -1,28 +1,25 @@
 from bundle.data.files import model_file
 
 from .anomaly import anomaly_channels, fill_outside, smooth_inside
-from .calibration import (
-    INTENSITY_SCORES,
-    LESION_SIGN,
-    SCORES,
-    Calibration,
+from .calibration import FitCalibration, fit_calibration
+from .calibration_file import (
     CalibrationFile,
-    FitCalibration,
-    fit_calibration,
     load_calibration,
     reconstruction_file,
     require_model,
     save_calibration,
-    usual_quantile,
 )
-from .fusion import RULES, Fusion, usual_weights
+from .fusion import RULES, Fusion, part_file, usual_weights
+from .operating import POINTS, operating_points
 from .paper import PAPER_SCORES
-from .transforms import AnomalyHeatmapd, CheckLikenessd, FindLesionsd, chosen_threshold, score_of
+from .scores import INTENSITY_SCORES, LESION_SIGN, SCORES, Calibration, Score
+from .transforms import AnomalyHeatmapd, CheckLikenessd, FindLesionsd, IfNeededd, chosen_threshold, score_of
 
 __all__ = [
     "INTENSITY_SCORES",
     "LESION_SIGN",
     "PAPER_SCORES",
+    "POINTS",
     "RULES",
     "SCORES",
     "AnomalyHeatmapd",
@@ -32,17 +29,20 @@ __all__ = [
     "FindLesionsd",
     "FitCalibration",
     "Fusion",
+    "IfNeededd",
+    "Score",
     "anomaly_channels",
     "chosen_threshold",
     "fill_outside",
     "fit_calibration",
     "load_calibration",
     "model_file",
+    "operating_points",
+    "part_file",
     "reconstruction_file",
     "require_model",
     "save_calibration",
     "score_of",
     "smooth_inside",
-    "usual_quantile",
     "usual_weights",
 ]

@@ -11,10 +11,18 @@ from scipy import stats
 
 from bundle.errors import InputError
 
-# chosen on planted lesions (docs/results.md): the maps that every scan has, and the one that needs a second network
-_WEIGHTS, _RECONSTRUCTION = {"location": 1.0, "atlas_z": 1.0}, {"reconstruction": 2.0}
+# maps that are made with a file of their own
+PARTS = ("reconstruction", "segmentation", "embedding")
 _RAW = ("uncalibrated", "intensity", "intensity_opposite")
+# What one map finds less unusual than usual must not take away what another has found: values below 0 count so little
+# in a sum, which keeps their order.
+_BELOW = 0.05
 RULES = ("sum", "product", "maximum", "rank")
+
+
+def part_file(part: str, ckpt_dir: str | Path, contrast: str) -> str:
+    """The file beside the model without which a map cannot be made: a network's weights, or the embedding's maps."""
+    return str(Path(ckpt_dir) / (f"embedding_{contrast}.json" if part == "embedding" else f"{part}_{contrast}.pt"))
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class Fusion:
 
     With maps z (healthy spreads above the usual) and weights w that are brought to a sum of 1:
 
-    - "sum": the weighted mean of z; one map can make up for another.
+    - "sum": the weighted mean of z, of which a twentieth counts below 0; one map can make up for another, but nothing
+      takes away what another has found.
     - "product": of upper tails, the weighted geometric mean of max(z, 0); 0 wherever one map sees nothing unusual.
     - "maximum": the largest of w z, in units of the largest weight; one map is enough.
     - "rank": the weighted mean of each voxel's rank among the scan's brain voxels, in [0, 1], equal values sharing
@@ -31,11 +40,10 @@ class Fusion:
 
     Attributes:
         rule: one of `RULES`.
-        weights: name of a score (`bundle.scoring.SCORES`, "reconstruction" or a `fusion_maps` name) -> weight > 0.
+        weights: name of a score (`bundle.scoring.SCORES`, or a `fusion_maps` name) -> weight; of weight 0: left out.
 
     Raises:
-        InputError: an unknown rule, no maps, a map that is no z-score for a rule that needs them, or a weight that is
-            not above 0.
+        InputError: an unknown rule, no maps, a map that is no z-score for a rule that needs them, or a negative weight.
     """
 
     rule: str = "sum"
@@ -44,14 +52,15 @@ class Fusion:
     def __post_init__(self) -> None:
         if self.rule not in RULES:
             raise InputError(f"fusion_rule '{self.rule}' is unknown: use one of {', '.join(RULES)}")
-        if not self.weights or "fusion" in self.weights:
-            raise InputError("fusion_weights must name the maps to be fused, each with its weight")
         raw = [name for name in self.weights if name in _RAW and self.rule != "rank"]
         if raw:
             raise InputError(f"fusion_weights: '{raw[0]}' is no z-score; only fusion_rule 'rank' takes it")
         for name, weight in self.weights.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-                raise InputError(f"fusion_weights: the weight of '{name}' must be a number above 0, not {weight!r}")
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
+                raise InputError(f"fusion_weights: the weight of '{name}' must be a number, at least 0, not {weight!r}")
+        object.__setattr__(self, "weights", {name: weight for name, weight in self.weights.items() if weight > 0})
+        if not self.weights or "fusion" in self.weights:
+            raise InputError("fusion_weights must name the maps to be fused, each with its weight")
 
     def __str__(self) -> str:
         return f"{self.rule} of " + ", ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
@@ -69,7 +78,7 @@ class Fusion:
         weights = torch.tensor([float(w) for w in self.weights.values()], dtype=torch.float64)[:, None]
         share = weights / weights.sum()
         if self.rule == "sum":
-            fused = (share * values).sum(0)
+            fused = (share * torch.where(values < 0, _BELOW * values, values)).sum(0)
         elif self.rule == "product":
             fused = (values.clamp(min=0) ** share).prod(0)
         elif self.rule == "maximum":
@@ -82,9 +91,16 @@ class Fusion:
         return result
 
 
-def usual_weights(reconstruction_path: str | Path) -> dict[str, float]:
-    """Weights of the fusion that is used if none is named: location, the atlas z-score and, where its network's weights
-    are there, the reconstruction residual. A calibration holds the thresholds of one fusion, so that nobody loses or
-    gains that file without being told.
+def usual_weights(weights: Mapping[str, float], ckpt_dir: str | Path, contrast: str) -> dict[str, float]:
+    """Those of ``weights`` whose maps can be made: not of networks, or an embedding, that do not lie in ``ckpt_dir``. A
+    calibration keeps the fusion that it was made with, so that nobody loses or gains such a file without being told.
     """
-    return {**_WEIGHTS, **(_RECONSTRUCTION if Path(reconstruction_path).is_file() else {})}
+    return {n: w for n, w in weights.items() if n not in PARTS or Path(part_file(n, ckpt_dir, contrast)).is_file()}
+
+
+def replaced(stored: Fusion | None, rule: str | None, weights: Mapping[str, float] | None) -> Fusion | None:
+    """The fusion of a calibration, with another rule or other weights where they are given."""
+    if rule is None and weights is None:
+        return stored
+    usual = Fusion(weights={"location": 1.0}) if stored is None else stored
+    return Fusion(rule or usual.rule, usual.weights if weights is None else weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from monai.config import KeysCollection
@@ -14,8 +14,10 @@ from bundle.data.atlas import contrast_doubt, load_atlas
 from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError, flag
 
-from .calibration import SCORES, Calibration, CalibrationFile
+from .calibration_file import CalibrationFile
+from .operating import FINDING_MM3, POINTS, require_point
 from .paper import PAPER_SCORES
+from .scores import SCORES, Calibration
 
 
 def chosen_threshold(text: str | float | None) -> float | None:
@@ -83,7 +85,7 @@ class CheckLikenessd(MapTransform):
         d, calibration = dict(data), self.calibration.load()
         image = d[self.keys[0]]
         volume = image.as_tensor().cpu().float()
-        share = float((calibration.standardise("intensity", volume).abs()[volume > 0] > 3).float().mean())
+        share = float((calibration.intensity_z(volume).abs()[volume > 0] > 3).float().mean())
         doubts = [contrast_doubt(image, calibration.contrast, load_atlas(None))] if self.atlas is None else []
         if share > self.largest_share:
             doubts.append(f"{share:.0%} of its brain is unlike healthy {calibration.contrast} scans")
@@ -130,8 +132,9 @@ class FindLesionsd(MapTransform):
         keys: the heatmap ``[1, H, W, D]`` (one key).
         score: that the heatmap shows.
         calibration: of the model and contrast; holds the thresholds.
-        quantile: of the healthy scores, above which a voxel is lesion.
+        quantile: of the healthy scores, above which a voxel is lesion; None: the operating point decides.
         threshold: score to use instead of the calibration's; see `chosen_threshold`.
+        operating_point: one of `bundle.scoring.POINTS`.
         min_lesion_mm3: connected components (26 neighbours) below this volume are removed, mm^3 of the scan itself,
             also where the heatmap lies on the atlas.
         output_key: where the mask (float 0 and 1) goes.
@@ -142,21 +145,38 @@ class FindLesionsd(MapTransform):
         keys: KeysCollection,
         score: str,
         calibration: CalibrationFile,
-        quantile: float,
+        quantile: float | None = None,
         threshold: float | None = None,
         min_lesion_mm3: float = 0.0,
         output_key: str = "lesion",
+        operating_point: str = "specific",
     ) -> None:
         super().__init__(keys)
         self.score, self.calibration, self.quantile = score, calibration, quantile
         self.fixed_threshold, self.output_key = chosen_threshold(threshold), output_key
-        self.min_lesion_mm3 = float(min_lesion_mm3)
+        self.min_lesion_mm3, self.operating_point = float(min_lesion_mm3), require_point(operating_point)
 
-    def threshold(self) -> float:
-        """The score above which a voxel is lesion; `InputError` if the calibration holds no such quantile."""
-        if self.fixed_threshold is not None:
+    def threshold(self, method: str | None = None) -> float:
+        """The score above which a voxel is lesion, of this score or, as healthy scans give it, of another ``method``.
+
+        Raises:
+            InputError: the calibration holds no such quantile or operating point.
+        """
+        if method is None and self.fixed_threshold is not None:
             return self.fixed_threshold
-        return self.calibration.load().threshold(self.score, self.quantile)
+        calibration, name = self.calibration.load(), self.score if method is None else method
+        if self.quantile is None:
+            return calibration.point(name, self.operating_point)
+        return calibration.threshold(name, self.quantile)
+
+    def rule(self) -> str:
+        """How healthy scans give the threshold, in words."""
+        if self.quantile is not None:
+            return f"quantile {self.quantile:g} of the brain voxels of healthy scans held out for calibration"
+        return (
+            f"operating point '{self.operating_point}': healthy scans held out for calibration have at most "
+            f"{POINTS[self.operating_point]:g} findings above {FINDING_MM3:g} mm3 on average"
+        )
 
     def cut(self, heatmap: MetaTensor, threshold: float, to_atlas: Any = None) -> MetaTensor:
         """Mask (float 0 and 1) of the voxels above ``threshold``, without what is too small; ``to_atlas`` as in
@@ -170,3 +190,28 @@ class FindLesionsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         lesion = self.cut(data[self.keys[0]], self.threshold(), data.get("to_atlas"))
         return {**data, self.output_key: lesion}
+
+
+class IfNeededd(MapTransform):
+    """Apply a transform that adds a map, where the score needs that map: one of weight 0 in the fusion costs no time.
+
+    Args:
+        keys: the map that it adds (one key).
+        transform: dictionary transform.
+        score: that is going to be made.
+        calibration: of the model and contrast.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        transform: Callable[[Mapping[Hashable, Any]], dict[Hashable, Any]],
+        score: str,
+        calibration: CalibrationFile,
+    ) -> None:
+        super().__init__(keys)
+        self.transform, self.score, self.calibration = transform, score, calibration
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        needed = self.score not in PAPER_SCORES and self.keys[0] in self.calibration.load().needed_maps(self.score)
+        return self.transform(data) if needed else dict(data)

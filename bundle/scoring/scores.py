@@ -1,0 +1,267 @@
+"""The scores: a line of `SCORES` for each, and the way from a scan's maps to a score, in the order of the steps.
+
+The raw maps depend on where one looks: cortex and skull base always localise worse than the ventricles. Healthy people
+tell, for every place of the atlas, the usual value of a map and its spread; a score counts how many spreads a scan lies
+above it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bundle.errors import InputError
+from bundle.transforms.normative import NormativeMap
+
+from .anomaly import fill_outside, smooth_inside
+from .fusion import Fusion
+from .paper import PAPER_SCORES, paper_score
+
+# sign of the intensity change that most lesions show
+LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
+# Sigma of the Gaussian that each map passes first, mm: what single patches add by chance averages out over 3 mm, as a
+# patch of 16 mm is no sharper; voxel-wise maps lose small lesions to it (docs/results.md). Other maps pass `OTHER_MM`.
+FILTER_MM = {
+    **{"squared_error": 3.0, "variance": 3.0, "embedding": 3.0},
+    **{"z": 2.0, "reconstruction": 2.0, "segmentation": 1.0, "intensity": 0.0},
+}
+OTHER_MM = 3.0
+# a z-score of a voxel far beyond the healthy ones says no more than one just beyond: two wrong voxels are no lesion
+_Z_RANGE = (-4.0, 10.0)
+# voxels so many spreads above a scan's level are none of its healthy ones; how often level and spread are found anew
+_INLIERS, _ROUNDS = 2.5, 8
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a score is made of.
+
+    Attributes:
+        maps: of the scan, filtered (`FILTER_MM`); several are added.
+        by_place: each map in spreads above the usual of its place, and the sum of several again; else as they are.
+        centred: brought to the scan's own level, see `within_scan`.
+        tail: what is above grows by the logarithm only, so that one map cannot drown the others of a fusion.
+        sign: -1 turns the map over.
+    """
+
+    maps: tuple[str, ...]
+    by_place: bool = True
+    centred: bool = True
+    tail: float = 5.0
+    sign: float = 1.0
+
+
+_RAW: dict[str, Any] = {"by_place": False, "centred": False, "tail": math.inf}
+SCORES = {
+    "location": Score(("squared_error", "variance", "embedding")),
+    "embedding": Score(("embedding",)),
+    "error_and_variance": Score(("squared_error", "variance")),
+    "squared_error": Score(("squared_error",)),
+    "variance": Score(("variance",)),
+    "uncalibrated": Score(("squared_error", "variance"), **_RAW),
+    "atlas_z": Score(("z",), by_place=False),
+    "reconstruction": Score(("reconstruction",)),
+    "segmentation": Score(("segmentation",)),
+    "intensity": Score(("intensity",), **_RAW),
+    "intensity_opposite": Score(("intensity",), **_RAW, sign=-1.0),
+}
+# scores that need no network: the trivial methods that every table must show
+INTENSITY_SCORES = ("atlas_z", "intensity", "intensity_opposite")
+# maps that every scan has; others it brings along
+OWN_MAPS = ("squared_error", "variance", "z", "intensity")
+
+
+def definition(name: str) -> Score:
+    """The line of a score; that of another method's map is like the reconstruction's."""
+    return SCORES.get(name, Score((name,)))
+
+
+def raw_maps(
+    channels: torch.Tensor,
+    image: torch.Tensor,
+    maps: Mapping[str, torch.Tensor],
+    contrast: str,
+    normative: NormativeMap,
+) -> dict[str, torch.Tensor]:
+    """The maps of one scan by name, ``[1, H, W, D]`` each, before any filter: `OWN_MAPS`, and ``maps``.
+
+    "z" is the z-score of the intensity at its place and "intensity" the intensity, both signed so that lesions are
+    high.
+    """
+    sign = LESION_SIGN[contrast]
+    mean, spread, _ = normative.on(image.shape[1:])
+    own = {
+        "squared_error": channels[:1],
+        "variance": channels[1:],
+        "z": (sign * (image - mean) / spread).clamp(*_Z_RANGE),
+        "intensity": sign * image,
+    }
+    return {**own, **maps}
+
+
+def filtered(name: str, volume: torch.Tensor, inside: torch.Tensor, sigmas: Mapping[str, float]) -> torch.Tensor:
+    """A map after its Gaussian; ``sigmas`` in voxels."""
+    return smooth_inside(volume, inside, sigmas[name])
+
+
+def within_scan(score: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Take off the scan's own level and, where its scores spread more than healthy ones do, divide by their spread.
+
+    Another scanner makes all patches a little harder to place. A lesion must count for nothing, however large: the
+    level is the median of the voxels less than 2.5 spreads above it, the spread 1.4826 times the median distance of
+    those below it; both are found by turns. A scan of the calibrated kind has 0 and 1 already.
+
+    Args:
+        score: calibrated, ``[1, H, W, D]``.
+        inside: ``[1, H, W, D]`` bool.
+    """
+    values = score[inside]
+    usual = values
+    for _ in range(_ROUNDS):
+        level = usual.median()
+        spread = 1.4826 * (level - usual[usual <= level]).median()
+        usual = values[values < level + _INLIERS * spread.clamp(min=1e-6)]
+    return (score - level) / spread.clamp(min=1.0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is usual among healthy people, in atlas space, and the scores that it makes of a scan.
+
+    Attributes:
+        contrast: of the scans.
+        mean, spread: of the filtered maps, and of sums of several (by the name of the score): name ->
+            ``[1, h, w, d]``; may be coarser than the grid, of the same extent.
+        quantiles: name of a score -> {quantile as text: score}, of the brain voxels of the median healthy scan, each
+            person left out of the maps.
+        filter_sigma: name of a map -> sigma of the Gaussian that it passes first, voxels of the grid.
+        provenance: number of subjects, hashes of the models, grid.
+        normative: how bright healthy people are at every place.
+        fusion: what "fusion" means.
+        points: name of a score -> {name of an operating point: threshold}, see `bundle.scoring.operating`.
+        location: the maps of the score "location" on this contrast.
+    """
+
+    contrast: str
+    mean: Mapping[str, torch.Tensor]
+    spread: Mapping[str, torch.Tensor]
+    quantiles: Mapping[str, Mapping[str, float]]
+    filter_sigma: Mapping[str, float]
+    provenance: Mapping[str, Any]
+    normative: NormativeMap | None = None
+    fusion: Fusion | None = None
+    points: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    location: tuple[str, ...] = ("squared_error", "variance")
+
+    @property
+    def extra_maps(self) -> list[str]:
+        """Names of the maps beyond `OWN_MAPS`: those of other methods, which each scan must bring along."""
+        return [name for name in self.filter_sigma if name not in OWN_MAPS]
+
+    def needed_maps(self, name: str) -> set[str]:
+        """Names of the maps that a score is made of."""
+        if name == "fusion":
+            return set().union(*(self.needed_maps(part) for part in (self.fusion.weights if self.fusion else ())))
+        return set(self._maps_of(name))
+
+    def _maps_of(self, name: str) -> list[str]:
+        return list(self.location if name == "location" else definition(name).maps)
+
+    def standardise(self, name: str, volume: torch.Tensor) -> torch.Tensor:
+        """(volume - mean) / spread of what is called ``name``, for ``[1, H, W, D]`` on the atlas grid."""
+        mean, spread = (
+            F.interpolate(m[None].to(volume), volume.shape[1:], mode="trilinear", align_corners=False)[0]
+            for m in (self.mean[name], self.spread[name])
+        )
+        return (volume - mean) / spread
+
+    def intensity_z(self, image: torch.Tensor) -> torch.Tensor:
+        """Healthy spreads by which intensities ``[1, H, W, D]`` lie above the usual of their place."""
+        if self.normative is None:
+            raise InputError("the calibration has no normative map")
+        mean, spread, _ = self.normative.on(image.shape[1:])
+        return (image - mean) / spread
+
+    def score(
+        self, name: str, channels: torch.Tensor, image: torch.Tensor, maps: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Score map ``[1, H, W, D]``, larger is more abnormal; outside the brain the lowest score inside.
+
+        Args:
+            name: in `SCORES` or `extra_maps`, "fusion" (of any of these), or in `PAPER_SCORES`.
+            channels: anomaly channels ``[2, H, W, D]``.
+            image: normalised intensities ``[1, H, W, D]``, 0 outside the brain.
+            maps: of other methods ``[1, H, W, D]``, by name.
+
+        Raises:
+            InputError: a score that there is none of, or a map that the scan or the calibration lacks.
+        """
+        if name in PAPER_SCORES:
+            return paper_score(name, channels, image > 0)
+        if self.normative is None:
+            raise InputError("the calibration has no normative map")
+        inside = image > 0
+        raw = raw_maps(channels, image, maps or {}, self.contrast, self.normative)
+        smooth = {
+            m: filtered(m, raw[m], inside, self.filter_sigma)
+            for m in self.needed_maps(name)
+            if m in raw and m in self.filter_sigma
+        }
+        return self.score_filtered(name, smooth, inside)
+
+    def score_filtered(self, name: str, smooth: Mapping[str, torch.Tensor], inside: torch.Tensor) -> torch.Tensor:
+        """`score` of maps that were `filtered` already."""
+        if name == "fusion":
+            if self.fusion is None:
+                raise InputError("score 'fusion' needs a rule and weights (fusion_rule, fusion_weights)")
+            parts = {part: self.score_filtered(part, smooth, inside) for part in self.fusion.weights}
+            return fill_outside(self.fusion(parts, inside), inside)
+        score, maps = definition(name), self._maps_of(name)
+        for m in maps:
+            if m not in self.filter_sigma:
+                raise InputError(f"no map '{m}' in the calibration: run the calibration again with it")
+            if m not in smooth:
+                raise InputError(f"the map '{m}' is missing for this scan")
+        if score.by_place:
+            total = torch.stack([self.standardise(m, smooth[m]) for m in maps]).sum(0)
+            if len(maps) > 1:
+                total = self.standardise(name, total)
+        else:
+            total = score.sign * torch.stack([smooth[m] for m in maps]).sum(0)
+        if score.centred:
+            total = within_scan(total, inside)
+        beyond = (total - score.tail).clamp(min=0)
+        return fill_outside(torch.where(beyond > 0, score.tail + beyond.log1p(), total), inside)
+
+    def threshold(self, name: str, quantile: float) -> float:
+        """Score that ``quantile`` of healthy brain voxels do not exceed.
+
+        Raises:
+            InputError: a score or quantile that was not stored.
+        """
+        return self._stored(self.quantiles, name, f"{quantile:g}", "quantile")
+
+    def point(self, name: str, operating_point: str) -> float:
+        """Threshold of a score at an operating point.
+
+        Raises:
+            InputError: a score or point that was not stored.
+        """
+        return self._stored(self.points, name, operating_point, "operating point")
+
+    def _stored(self, table: Mapping[str, Mapping[str, float]], name: str, key: str, kind: str) -> float:
+        try:
+            return table[name][key]
+        except KeyError as error:
+            if name == "fusion" and name not in table:
+                raise InputError(
+                    f"the calibration holds no threshold of the fusion '{self.fusion}': run the calibration with the "
+                    "same fusion_rule and fusion_weights, or give --threshold"
+                ) from error
+            stored = ", ".join(table.get(name, {})) or f"none for '{name}'"
+            raise InputError(f"no threshold of score '{name}' at {kind} {key}: stored are {stored}") from error
