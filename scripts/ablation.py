@@ -29,7 +29,7 @@ from bundle.data.files import atomic_path, write_json  # noqa: E402
 from bundle.errors import report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision, count_lesions, recall_at_false_positives  # noqa: E402
 from bundle.reports.figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR  # noqa: E402
-from bundle.scoring import SCORES, Calibration, Fusion, fit_calibration  # noqa: E402
+from bundle.scoring import PARTS, Calibration, Fusion, fit_calibration  # noqa: E402
 from bundle.scoring.calibration import QUANTILES  # noqa: E402
 from bundle.transforms import load_normative  # noqa: E402
 
@@ -38,13 +38,14 @@ FALSE_LESION_MM3 = 100.0
 
 class Scan(NamedTuple):
     """What is known of a scan: anomaly channels ``[2, H, W, D]``, image ``[1, H, W, D]``, lesion mask ``[H, W, D]``,
-    and other methods' maps ``[1, H, W, D]`` by name.
+    other methods' maps ``[1, H, W, D]`` by name, and whose it is.
     """
 
     channels: torch.Tensor
     image: torch.Tensor
     label: np.ndarray
     maps: dict[str, torch.Tensor]
+    person: str
 
 
 class Bench:
@@ -59,7 +60,7 @@ class Bench:
         for key, value in settings.items():
             self.parser[key] = yaml.safe_load(value)
         self.preprocessing = self.parser.get_parsed_content("preprocessing")
-        self.reconstruction = self.parser.get_parsed_content("reconstruction")
+        self.own_maps = self.parser.get_parsed_content("own_maps")
         self.inferer = self.parser.get_parsed_content("inferer")
         self.network = self.parser.get_parsed_content("network").eval()
         state = torch.load(self.parser.get_parsed_content("ckpt_path"), map_location="cpu", weights_only=True)
@@ -70,16 +71,16 @@ class Bench:
     def scans(self, dataset_dir: str, section: str) -> Iterator[Scan]:
         """The scans of a section of a prepared dataset."""
         for item in tqdm(load_datalist(dataset_dir, section, self.contrast), desc=f"{dataset_dir} {section}"):
-            data = self.reconstruction(self.preprocessing(item))
+            data = self.own_maps(self.preprocessing(item))
             image = data["image"].as_tensor()
             channels = self.inferer(image[None].to(self.device), self.network)[0].cpu()
             label = data["label"].as_tensor()[0].numpy() > 0 if "label" in data else np.zeros(image.shape[1:], bool)
-            maps = {"reconstruction": data["reconstruction"].as_tensor()} if "reconstruction" in data else {}
-            yield Scan(channels, image, label, maps)
+            maps = {name: data[name].as_tensor() for name in PARTS if name in data}
+            yield Scan(channels, image, label, maps, str(item.get("person", item["name"])))
 
 
 def measure(
-    calibrations: dict[str, Calibration], scans: list[Scan], spacing: float, quantile: float
+    calibrations: dict[str, Calibration], scans: list[Scan], spacing: float, quantile: float | None
 ) -> dict[str, dict[str, float]]:
     """Per score: mean AUPRC and Dice inside the brain, and lesion-wise recall at one false finding a scan.
 
@@ -87,19 +88,19 @@ def measure(
         calibrations: fusion -> calibration with its thresholds; the one called "" serves all other scores.
         scans: with labels.
         spacing: of the grid, mm.
-        quantile: of healthy scans, the threshold of Dice.
+        quantile: of healthy scans, the threshold of Dice; None: the operating point "specific".
     """
     rows: dict[str, dict[str, float]] = {}
     truths = [s.label for s in scans]
     inside = [(s.image[0].numpy() > 0) | s.label for s in scans]
     smallest = FALSE_LESION_MM3 / spacing**3
-    scores = [name for name in SCORES if name != "intensity_opposite"] + calibrations[""].extra_maps
+    scores = [name for name in calibrations[""].points if name not in ("intensity_opposite", "fusion")]
     for name, calibration, score in [
         *((name, calibrations[""], name) for name in scores),
         *((str(fitted.fusion), fitted, "fusion") for fitted in calibrations.values() if fitted.fusion is not None),
     ]:
         maps = [calibration.score(score, s.channels, s.image, s.maps)[0].numpy() for s in scans]
-        threshold = calibration.threshold(score, quantile)
+        threshold = cut_of(calibration, score, quantile)
         dice = [
             2 * ((m > threshold) & t).sum() / max(((m > threshold) & i).sum() + t.sum(), 1)
             for m, t, i in zip(maps, truths, inside)
@@ -123,6 +124,11 @@ def measure(
     return rows
 
 
+def cut_of(calibration: Calibration, score: str, quantile: float | None) -> float:
+    """Threshold at a quantile of healthy scans, or at the operating point that users get."""
+    return calibration.point(score, "specific") if quantile is None else calibration.threshold(score, quantile)
+
+
 def false_alarms(
     calibration: Calibration, scans: list[Scan], spacing: float, score: str
 ) -> dict[str, dict[str, float]]:
@@ -141,7 +147,7 @@ def false_alarms(
     return rows
 
 
-def draw_maps(path: Path, calibration: Calibration, scans: list[Scan], quantile: float) -> None:
+def draw_maps(path: Path, calibration: Calibration, scans: list[Scan], quantile: float | None) -> None:
     """Scan, each map of the fusion and the fusion, side by side, with what each finds (red) and the truth (green).
 
     The scans are those at the quarters of the fusion's Dice, in the slice that holds most of the lesion.
@@ -150,7 +156,7 @@ def draw_maps(path: Path, calibration: Calibration, scans: list[Scan], quantile:
         raise SystemExit("--picture with --filter_mm needs a --fusion")
     names = [*calibration.fusion.weights, "fusion"]
     maps = [{n: calibration.score(n, s.channels, s.image, s.maps)[0].numpy() for n in names} for s in scans]
-    cuts = {n: calibration.threshold(n, quantile) for n in names}
+    cuts = {n: cut_of(calibration, n, quantile) for n in names}
     dice = [
         {n: 2 * ((m[n] > cuts[n]) & s.label).sum() / ((m[n] > cuts[n]).sum() + s.label.sum()) for n in names}
         for m, s in zip(maps, scans)
@@ -201,7 +207,9 @@ def main() -> None:
     parser.add_argument("--test", nargs="*", default=[], metavar="NAME=DATASET:SECTION", help="datasets with labels")
     parser.add_argument("--filter_mm", nargs="*", type=float, default=[], help="sigmas to compare")
     parser.add_argument("--fusion", nargs="*", default=[], metavar="RULE:MAP=WEIGHT,...", help="fusions to compare")
-    parser.add_argument("--quantile", type=float, help="of healthy scans, the threshold of Dice; default: the config's")
+    parser.add_argument(
+        "--quantile", type=float, help="of healthy scans, the threshold of Dice; default: at the operating point"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
     parser.add_argument("--picture", type=Path, help="PNG of the maps of three scans of the last --test")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
@@ -209,7 +217,7 @@ def main() -> None:
     if args.picture and not args.test:
         parser.error("--picture needs a --test")
     bench = Bench(args.ckpt_dir, args.contrast, args.set)
-    quantile = args.quantile or float(bench.parser.get_parsed_content("threshold_quantile"))
+    quantile = args.quantile
     fusions = {"": None, **{text: read_fusion(text) for text in args.fusion}}
     calibrations: dict[str, dict[str, Calibration]] = {}
     if args.filter_mm or args.fusion:
@@ -225,6 +233,7 @@ def main() -> None:
                     filter_mm=mm,
                     maps=maps,
                     fusion=fusion,
+                    persons=[s.person for s in fitted_to],
                     normative=load_normative(bench.parser.get_parsed_content("normative_file")),
                 )
                 for text, fusion in fusions.items()

@@ -9,7 +9,7 @@ from .calibration_file import (
     require_model,
     save_calibration,
 )
-from .fusion import RULES, Fusion, part_file, usual_weights
+from .fusion import PARTS, RULES, Fusion, part_file, usual_weights
 from .operating import POINTS, operating_points
 from .paper import PAPER_SCORES
 from .scores import INTENSITY_SCORES, LESION_SIGN, SCORES, Calibration, Score
@@ -19,6 +19,7 @@ __all__ = [
     "INTENSITY_SCORES",
     "LESION_SIGN",
     "PAPER_SCORES",
+    "PARTS",
     "POINTS",
     "RULES",
     "SCORES",

@@ -1,0 +1,117 @@
+"""Choose the fusion of a contrast: which calibrated maps, with which weights and rule, find the lesions of a tuning half.
+
+Every scan's maps are made once; then every combination of weights is tried on them. The best is the one with the highest
+AUPRC (mean over people, scans of one person averaged first); of those within --margin of it the one of the fewest maps
+is taken, so that a map that does not help costs nobody time. Put what is printed into "usual_weights" of
+configs/calibrate.json (or give it as --fusion_weights) and calibrate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bundle.data.files import write_json  # noqa: E402
+from bundle.errors import InputError, report_in_one_line  # noqa: E402
+from bundle.metrics import average_precision  # noqa: E402
+from bundle.scoring import RULES, Fusion  # noqa: E402
+from scripts.ablation import Bench, Scan  # noqa: E402
+
+
+class Case(NamedTuple):
+    """Calibrated maps of a scan's brain, ``[N]`` each by name; lesion ``[N]``; lesion voxels outside the brain."""
+
+    person: str
+    maps: dict[str, torch.Tensor]
+    lesion: torch.Tensor
+    missed: int
+
+
+def case_of(bench: Bench, scan: Scan, names: Sequence[str]) -> Case:
+    """The scores ``names`` of a scan."""
+    calibration, inside = bench.parser.get_parsed_content("calibration").load(), scan.image > 0
+    maps = {name: calibration.score(name, scan.channels, scan.image, scan.maps)[inside] for name in names}
+    lesion = torch.as_tensor(scan.label)[None]
+    return Case(scan.person, maps, lesion[inside], int((lesion & ~inside).sum()))
+
+
+def area(case: Case, fusion: Fusion) -> float:
+    """AUPRC; lesion voxels that no mask holds rank last."""
+    everywhere = torch.ones(1, 1, 1, len(case.lesion), dtype=torch.bool)
+    fused = fusion({name: values.view(1, 1, 1, -1) for name, values in case.maps.items()}, everywhere).flatten()
+    last = torch.full((case.missed,), float(fused.min()) - 1)
+    return average_precision(torch.cat([fused, last]), torch.cat([case.lesion, torch.ones(case.missed, dtype=bool)]))
+
+
+def combinations(names: Sequence[str], weights: Sequence[float], rules: Sequence[str]) -> Iterator[Fusion]:
+    """All that differ: the largest weight is 1, and one map alone is the same under every rule."""
+    for values in itertools.product(sorted({0.0, *weights}), repeat=len(names)):
+        if max(values) == 1:
+            used = {name: value for name, value in zip(names, values) if value}
+            yield from (Fusion(rule, used) for rule in (rules if len(used) > 1 else rules[:1]))
+
+
+def choose(fusions: Sequence[Fusion], areas: Mapping[str, float], margin: float) -> Fusion:
+    """Of the fusions within ``margin`` of the best mean area the one of the fewest maps, and of those the best; areas by
+    the fusion's text.
+    """
+    near = [fusion for fusion in fusions if areas[str(fusion)] >= max(areas.values()) - margin]
+    return min(near, key=lambda fusion: (len(fusion.weights), -areas[str(fusion)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt_dir", default=str(ROOT / "models"))
+    parser.add_argument("--contrast", default="t1")
+    parser.add_argument("--dataset_dir", required=True, nargs="+", help="prepared datasets with labels")
+    parser.add_argument("--section", default="tuning")
+    parser.add_argument("--maps", nargs="+", help="scores to combine; default: all z-scores of the calibration")
+    parser.add_argument("--weights", nargs="+", type=float, default=[0.25, 0.5, 1.0], help="1 must be among them")
+    parser.add_argument("--rules", nargs="+", default=["sum"], choices=RULES)
+    parser.add_argument("--margin", type=float, default=0.002, help="of AUPRC that one map less may cost")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
+    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    args = parser.parse_args()
+    bench = Bench(args.ckpt_dir, args.contrast, args.set)
+    calibration = bench.parser.get_parsed_content("calibration").load()
+    names = args.maps or [
+        name for name in ("atlas_z", "location", *calibration.extra_maps) if calibration.location != (name,)
+    ]
+    cases = [
+        case_of(bench, scan, names)
+        for folder in args.dataset_dir
+        for scan in bench.scans(folder, args.section)
+        if scan.label.any()
+    ]
+    if not cases:
+        raise InputError(f"{args.dataset_dir[0]}: no scan with a lesion in '{args.section}'")
+    fusions, areas = list(combinations(names, args.weights, args.rules)), {}
+    for fusion in fusions:
+        by_person: dict[str, list[float]] = {}
+        for case in cases:
+            by_person.setdefault(case.person, []).append(area(case, fusion))
+        areas[str(fusion)] = float(np.mean([np.mean(values) for values in by_person.values()]))
+    chosen = choose(fusions, areas, args.margin)
+    order = sorted(areas, key=lambda text: -areas[text])
+    alone = [str(fusion) for fusion in fusions if len(fusion.weights) == 1]
+    print(f"\n{args.contrast}, {len(cases)} scans with lesions\n\n| fusion | mean AUPRC |\n|---|---|")
+    for text in dict.fromkeys([*order[:10], str(chosen), *alone]):
+        print(f"| {text} | {areas[text]:.4f} |")
+    print(f'\nchosen: --fusion_rule {chosen.rule} --fusion_weights "{dict(chosen.weights)}"')
+    if args.output:
+        write_json(args.output, {"chosen": {"rule": chosen.rule, "weights": dict(chosen.weights)}, "auprc": areas})
+
+
+if __name__ == "__main__":
+    report_in_one_line()
+    main()
