@@ -1,8 +1,8 @@
-"""Choose the fusion of a contrast: which calibrated maps, with which weights and rule, find the lesions of a tuning half.
+"""Choose the fusion of a contrast: which calibrated maps, with which weights and rule, find most of a tuning set.
 
-Every scan's maps are made once; then every combination of weights is tried on them. The best is the one with the highest
-AUPRC (mean over people, scans of one person averaged first); of those within --margin of it the one of the fewest maps
-is taken, so that a map that does not help costs nobody time. Put what is printed into "usual_weights" of
+Every scan's maps are made once; then every combination of weights is tried on them. The best is the one with the
+highest AUPRC (mean over people, scans of one person averaged first); of those within --margin of it the one of the
+fewest maps is taken, so that a map that does not help costs nobody time. Put what is printed into "usual_weights" of
 configs/calibrate.json (or give it as --fusion_weights) and calibrate.
 """
 
@@ -62,8 +62,8 @@ def combinations(names: Sequence[str], weights: Sequence[float], rules: Sequence
 
 
 def choose(fusions: Sequence[Fusion], areas: Mapping[str, float], margin: float) -> Fusion:
-    """Of the fusions within ``margin`` of the best mean area the one of the fewest maps, and of those the best; areas by
-    the fusion's text.
+    """Of the fusions within ``margin`` of the best mean area (by the fusion's text) the one of the fewest maps, and of
+    those the best.
     """
     near = [fusion for fusion in fusions if areas[str(fusion)] >= max(areas.values()) - margin]
     return min(near, key=lambda fusion: (len(fusion.weights), -areas[str(fusion)]))

@@ -4,6 +4,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import average_precision_score
+
+from bundle.scoring import Fusion
+from scripts.choose_fusion import Case, area, choose, combinations
 from tests.conftest import ROOT
 
 
@@ -20,3 +27,22 @@ def test_benchmark_reports_every_ratio(tmp_path):
     assert report["published_whole_slice"] > 0
     assert report["auprc"]["difference"] < 1e-9 and report["peak_memory_gib"] > 0
     assert "share of matmul" in result.stdout
+
+
+def test_the_fusion_of_the_fewest_maps_is_chosen():
+    fusions = list(combinations(["a", "b"], [0.5, 1.0], ["sum", "maximum"]))
+    texts = [str(fusion) for fusion in fusions]
+    assert len(set(texts)) == len(texts) == 8  # two alone; 1:1, 1:0.5 and 0.5:1 by two rules
+    assert all(max(fusion.weights.values()) == 1 for fusion in fusions)
+    areas = dict.fromkeys(texts, 0.1) | {"sum of 1 a, 0.5 b": 0.5, "sum of 1 b": 0.499, "maximum of 1 a, 1 b": 0.4995}
+    assert str(choose(fusions, areas, 0.002)) == "sum of 1 b"
+    assert str(choose(fusions, areas, 0.0)) == "sum of 1 a, 0.5 b"
+
+
+def test_lesions_outside_the_mask_rank_last():
+    generator = torch.Generator().manual_seed(0)
+    scores, lesion = torch.randn(500, generator=generator), torch.rand(500, generator=generator) < 0.1
+    expected = average_precision_score(
+        np.append(lesion.numpy(), [True] * 7), np.append(np.where(scores < 0, 0.05 * scores, scores), [-9.0] * 7)
+    )
+    assert area(Case("a", {"a": scores}, lesion, 7), Fusion("sum", {"a": 1.0})) == pytest.approx(expected)
