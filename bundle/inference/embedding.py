@@ -298,7 +298,7 @@ def load_embedding(path: str | Path, model_file: str | Path) -> Embedding:
         means = read_maps(_beside(path, "mean"), content["mean"])
         matrices = read_maps(_beside(path, "whitening"), content["whitening"])
         mean = torch.cat(list(means.values()))
-        whitening = torch.zeros(len(mean), len(mean), *next(iter(matrices.values())).shape[1:])
+        whitening = torch.zeros(len(mean), len(mean), *matrices["0,0"].shape[1:])
         for name, values in matrices.items():
             i, j = map(int, name.split(","))
             whitening[i, j] = values[0]

@@ -13,7 +13,7 @@ from bundle.errors import InputError
 POINTS = {"specific": 2.0, "screening": 10.0}
 FINDING_MM3 = 50.0
 # shares of the healthy voxels above the thresholds that are tried
-_TAILS = np.geomspace(1e-6, 0.1, 40)
+_TAILS = np.geomspace(1e-5, 0.1, 30)
 _NEIGHBOURS = np.ones((3, 3, 3))
 
 

@@ -121,6 +121,7 @@ def within_scan(score: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         inside: ``[1, H, W, D]`` bool.
     """
     values = score[inside]
+    values = values[:: max(1, len(values) // 50_000)]  # as many tell a median as millions do
     usual = values
     for _ in range(_ROUNDS):
         level = usual.median()

@@ -6,7 +6,7 @@ from scipy import ndimage
 
 from bundle.errors import InputError
 from bundle.scoring import POINTS, Calibration, FindLesionsd, operating_points
-from bundle.scoring.operating import count_findings
+from bundle.scoring.operating import _TAILS, count_findings
 
 
 def smooth_noise(seed):
@@ -34,7 +34,7 @@ def test_points_keep_to_their_rule_on_healthy_scans():
         return np.mean([count_findings(s > threshold, 50 / v) for s, v in zip(scores, voxel_mm3)])
 
     for name, most in POINTS.items():
-        higher = np.quantile(np.concatenate([s.ravel() for s in scores]), 1 - np.geomspace(1e-6, 0.1, 40))
+        higher = np.quantile(np.concatenate([s.ravel() for s in scores]), 1 - _TAILS)
         allowed = [t for t in higher if t >= points[name]]
         assert max(mean(t) for t in allowed) <= most
         below = higher[len(allowed)]
