@@ -150,6 +150,7 @@ def test_shipped_weights_fit_the_default_configs(contrast):
     parsed.network_def.load_state_dict(torch.load(model, weights_only=True), strict=True)
     calibration = parsed.parser.get_parsed_content("calibration").load()  # refused beside another model or grid
     assert calibration.contrast == contrast and calibration.provenance["subjects"] >= 15
-    assert calibration.threshold("fusion", parsed.parser.get_parsed_content("threshold_quantile")) > 2
+    point = parsed.parser.get_parsed_content("operating_point")
+    assert calibration.point("fusion", point) > calibration.point("fusion", "screening") > 1
     for file in model.parent.iterdir():
         assert file.stat().st_size < 10e6, f"{file} is too large to be shipped"

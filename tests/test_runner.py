@@ -160,7 +160,7 @@ def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
         inside = source.get_fdata() > 0
         scores, found = heatmap.get_fdata(dtype=np.float32), np.asarray(lesion.dataobj) > 0
         assert (scores[~inside] == scores.min()).all() and not found[~inside].any()
-        threshold = json.loads((models / "calibration_t1.json").read_text())["quantiles"]["fusion"]["0.9998"]
+        threshold = json.loads((models / "calibration_t1.json").read_text())["points"]["fusion"]["specific"]
         np.testing.assert_array_equal(found, inside & (scores > threshold))
         assert float(row["max_score"]) == pytest.approx(scores[inside].max(), abs=1e-3)
         voxel_ml = abs(np.linalg.det(source.affine)) / 1000
@@ -346,9 +346,10 @@ def fused(models, cohort, grid_file, tmp_path_factory):
     use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
     out = succeed("training", "train_reconstruction", grid_file, *use, "--max_epochs", 2)
     assert "reconstruction_error" in out
-    fusion = ("--fusion_weights", "{'location': 1, 'reconstruction': 1, 'theirs': 0.5}")
+    fusion = ("--fusion_weights", "{'location': 1, 'reconstruction': 1, 'embedding': 0, 'theirs': 0.5}")
     fusion += ("--fusion_maps", str({"theirs": str(maps)}))
-    succeed("calibration", "calibrate", grid_file, *use, *fusion)
+    told = succeed("calibration", "calibrate", grid_file, *use, *fusion, "--with_embedding", "True")
+    assert "embedding: 6 of 6 healthy scans" in told and "thresholds: specific" in told
     return folder, fusion
 
 
@@ -368,7 +369,8 @@ def test_fusion_of_our_maps_and_others(fused, cohort, grid_file, tmp_path):
     assert "[4/4] healthy" in out
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert list(metrics["methods"]) == [
-        *("fusion", "location", "reconstruction", "theirs", "atlas_z", "intensity", "intensity_opposite"),
+        *("fusion", "location", "reconstruction", "theirs", "embedding"),
+        *("atlas_z", "intensity", "intensity_opposite"),
         "all_positive",
     ]
     (case,) = metrics["cases"].values()
@@ -376,6 +378,8 @@ def test_fusion_of_our_maps_and_others(fused, cohort, grid_file, tmp_path):
     assert 0 <= case["fusion"]["dice_tuned"] <= case["fusion"]["dice_best"]
     assert metrics["methods"]["fusion"]["healthy"]["scans"] == 2
     assert metrics["settings"]["fusion"] == "sum of 1 location, 1 reconstruction, 0.5 theirs"
+    # inference takes the fusion that the calibration holds
+    use = ("--ckpt_dir", folder, *fusion[2:])
     succeed("inference", "inference", grid_file, *use, "--dataset_dir", data, "--output_dir", tmp_path / "scans")
     (name,) = metrics["cases"]
     found = nib.load(tmp_path / f"scans/{name}/{name}_lesion.nii.gz").get_fdata()
@@ -391,6 +395,7 @@ def test_fusion_of_our_maps_and_others(fused, cohort, grid_file, tmp_path):
         (["--fusion_rule", "average"], "fusion_rule 'average' is unknown"),
         (["--fusion_maps", "{'theirs': 'nowhere'}"], "its map 'theirs' is not there (nowhere/"),
         (["--fusion_weights", "{'location': 1, 'magic': 1}", "--threshold", "2"], "no map 'magic' in the calibration"),
+        (["--operating_point", "often", "--space", "atlas"], "operating_point 'often' is unknown"),
         (["--space", "moon"], "space 'moon' is unknown"),
     ],
 )
@@ -472,3 +477,30 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
         alarms = figures["filter 3 mm"][f"healthy, held out, {name}"]
         assert alarms["0.9"]["voxels"] >= alarms["0.999"]["voxels"] >= 0
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fusion_is_chosen_on_scans_with_lesions(fused, cohort, tmp_path):
+    out = tmp_path / "fusion.json"
+    command = [sys.executable, ROOT / "scripts/choose_fusion.py", "--ckpt_dir", fused[0], "--dataset_dir", cohort]
+    command += ["--section", "test", "--weights", "1", "--rules", "sum", "maximum", "--output", out]
+    command += ["--maps", "atlas_z", "location", "embedding", "--set", *(f"{k}={v}" for k, v in GRID.items())]
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    figures = json.loads(out.read_text())
+    assert len(figures["auprc"]) == 3 + 2 * 4 and "chosen: --fusion_rule" in result.stdout
+    best = max(figures["auprc"].values())
+    weights = figures["chosen"]["weights"]
+    text = f"{figures['chosen']['rule']} of " + ", ".join(f"{w:g} {n}" for n, w in weights.items())
+    assert figures["auprc"][text] >= best - 0.002
+
+
+def test_operating_points_and_quantiles(models, cohort, grid_file, tmp_path):
+    found = {}
+    for name, given in (("specific", ()), ("screening", ("--operating_point", "screening"))):
+        use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path / name, *given)
+        succeed("evaluation", "evaluate", grid_file, *use)
+        content = json.loads((tmp_path / name / "metrics.json").read_text())
+        found[name] = content["threshold"]["value"]
+        assert f"operating point '{name}'" in content["threshold"]["chosen_by"]
+    points = json.loads((models / "calibration_t1.json").read_text())["points"]["fusion"]
+    assert found == points and points["screening"] <= points["specific"]

@@ -6,6 +6,8 @@ Mahalanobis distance from those of healthy people at the same place (as PaDiM ha
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,8 +211,8 @@ def fit_embedding(
     grid: Mapping[str, Any],
     device: torch.device | str = "cpu",
 ) -> None:
-    """Fit an `Embedding` to healthy scans, one after the other, and write it. Does nothing for a network without
-    ``embed``.
+    """Fit an `Embedding` to healthy scans, one after the other, and write it, unless that of the same scans and model
+    lies there already. Does nothing for a network without ``embed``.
 
     Args:
         dataset: ``image`` ``[1, H, W, D]``, normalised: of other people than those of the calibration.
@@ -230,6 +232,11 @@ def fit_embedding(
     if len(dataset) < 3:
         raise InputError(f"{path}: the embedding needs at least 3 healthy scans, got {len(dataset)}")
     claim_folder(Path(path).parent)
+    listed = [str(item.get("image")) for item in getattr(dataset, "data", [])]
+    made_from = hashlib.sha256(json.dumps([model_hash(model_file, contrast), dict(grid), listed]).encode()).hexdigest()
+    if listed and Path(path).is_file() and read_json(path, "embedding").get("made_from") == made_from:
+        print(f"{path}: of the same model and scans already", flush=True)
+        return
     load_weights(network, model_file)
     network.eval()
     volumes = [dataset[i]["image"].as_tensor().cpu()[0] for i in range(min(len(dataset), _FIRST_SCANS))]
@@ -240,7 +247,8 @@ def fit_embedding(
         scan = dataset[i]["image"]
         moments.add(inferer(scan.as_tensor()[None].to(device), components)[0].cpu(), scan.as_tensor().cpu() > 0)
         print(f"embedding: {i + 1} of {len(dataset)} healthy scans", flush=True)
-    write_embedding(moments.fit(center, projection), path, model_file, contrast, grid, np.asarray(scan.affine), i + 1)
+    affine, facts = np.asarray(scan.affine), {"subjects": i + 1, "made_from": made_from}
+    write_embedding(moments.fit(center, projection), path, model_file, contrast, grid, affine, facts)
 
 
 def write_embedding(
@@ -250,9 +258,9 @@ def write_embedding(
     contrast: str,
     grid: Mapping[str, Any],
     affine: np.ndarray,
-    subjects: int,
+    facts: Mapping[str, Any],
 ) -> None:
-    """Write what `load_embedding` reads; ``affine`` of the grid, voxel to atlas mm."""
+    """Write what `load_embedding` reads, and ``facts`` beside it; ``affine`` of the grid, voxel to atlas mm."""
     path = Path(path)
     rows, columns = np.tril_indices(embedding.mean.shape[0])
     means = {f"mean{k}": m[None] for k, m in enumerate(embedding.mean)}
@@ -270,7 +278,7 @@ def write_embedding(
         "contrast": contrast,
         "chain": CHAIN,
         "model_sha256": model_hash(model_file, contrast),
-        "subjects": subjects,
+        **facts,
         "grid": dict(grid),
         "edge": embedding.edge,
         "center": numbers(embedding.center),
