@@ -59,7 +59,7 @@ def fit_calibration(
         smoothing_mm: sigma of the Gaussian over the maps.
         filter_mm: sigma of the Gaussian over the anomaly channels and the embedding of each scan; other maps have their
             own, see `FILTER_MM`.
-        provenance, fusion, location: see `Calibration`; of the latter those that there are.
+        provenance, fusion, location: see `Calibration`; of the latter those that there are, or error and variance.
         maps: of other methods: name -> per scan ``[1, H, W, D]``.
         normative: mean and spread of the intensity, from other scans than these; None: from these.
         persons: whose each scan is; None: each another's.
@@ -92,7 +92,7 @@ def fit_calibration(
         own = {name: volumes[i] for name, volumes in maps.items()}
         raw = raw_maps(channels[i], images[i], own, contrast, normative)
         smooth.append({name: filtered(name, volume, inside, sigmas) for name, volume in raw.items()})
-    location = [name for name in location if name in sigmas]
+    location = [name for name in location if name in sigmas] or ["squared_error", "variance"]
     names = [name for name, score in SCORES.items() if name == "location" or set(score.maps) <= set(sigmas)]
     names += [name for name in maps if name not in SCORES]
     sums = {"location": location} | {n: list(SCORES[n].maps) for n in names if n in SCORES and n != "location"}

@@ -200,6 +200,8 @@ def test_the_calibration_says_what_a_score_needs(healthy):
     torch.testing.assert_close(
         without.score("location", channels[0], images[0]), without.score("variance", channels[0], images[0])
     )
+    plain = fit_calibration(channels, images, "t1", 2.0, location=("embedding",))
+    assert plain.needed_maps("location") == {"squared_error", "variance"}
     with pytest.raises(InputError, match="map 'reconstruction' is missing for this scan"):
         fitted.score("reconstruction", channels[0], images[0])
 
