@@ -456,7 +456,7 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
     out = tmp_path / "figures.json"
     command = [sys.executable, ROOT / "scripts/ablation.py", "--ckpt_dir", models, "--healthy", cohort]
     command += ["--test", f"phantoms={cohort}:test", "--filter_mm", "0", "3", "--output", out, "--quantile", 0.99]
-    command += ["--fusion", "sum:location=1,atlas_z=1", "--picture", tmp_path / "maps.png"]
+    command += ["--fusion", "sum:atlas_z=1,location=0.5", "--picture", tmp_path / "maps.png"]
     command += ["--set", *(f"{k}={v}" for k, v in GRID.items())]
     result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -471,7 +471,7 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
         assert rows[name]["dice"] == pytest.approx(methods[name]["dice_mean"], abs=1e-2)
     assert rows["location"] != figures["filter 0 mm"]["phantoms"]["location"]
     assert 0 <= rows["location"]["recall_at_1_fp"] <= 1
-    fusion = "sum of 1 location, 1 atlas_z"
+    fusion = "sum of 1 atlas_z, 0.5 location"  # what calibrate.json has for T1w
     assert rows[fusion]["auprc"] == pytest.approx(methods["fusion"]["auprc_mean"], abs=1e-3)
     for name in ("location", fusion):
         alarms = figures["filter 3 mm"][f"healthy, held out, {name}"]
