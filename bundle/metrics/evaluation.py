@@ -15,6 +15,7 @@ from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError
 from bundle.scoring import INTENSITY_SCORES, CalibrationFile, FindLesionsd, score_of
 from bundle.scoring.paper import MASKED
+from bundle.scoring.scores import OWN_MAPS
 from bundle.transforms import FillOutsided, IgnoreLabelsd, KeepVolumed, LoadScand, MaskOutsided
 
 from .case import CaseMeasures, measure_case
@@ -27,7 +28,7 @@ SPACES = ("atlas", "native")
 class CompareMethodsd(MapTransform):
     """Add ``heatmap_NAME`` and ``lesion_NAME`` of every method that the score is compared with.
 
-    These are the parts of a fusion, other maps that are calibrated and there, and `BASELINES`:
+    These are the location score, the parts of a fusion, other maps that are calibrated and there, and `BASELINES`:
     ``intensity`` (dark is abnormal on T1w, bright on T2w and FLAIR), ``intensity_opposite`` (its other tail),
     ``atlas_z`` (unusually dark or bright for its place), ``all_positive`` (the whole brain, whose AUPRC is the lesions'
     share of it). Each is cut by the same rule on healthy scans and cleaned of small findings, as the score is.
@@ -48,7 +49,9 @@ class CompareMethodsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         calibration, score = self.calibration.load(), self.find_lesions.score
-        parts = calibration.fusion.weights if score == "fusion" and calibration.fusion else ["location"]
+        parts = list(calibration.fusion.weights) if score == "fusion" and calibration.fusion else []
+        if calibration.needed_maps("location") <= {*OWN_MAPS, *map(str, d)}:
+            parts.insert(0, "location")
         brought = [name for name in calibration.extra_maps if name in d]
         for name in dict.fromkeys([*parts, *brought, *BASELINES]):
             if name == score:
