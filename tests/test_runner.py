@@ -494,6 +494,20 @@ def test_a_fusion_is_chosen_on_scans_with_lesions(fused, cohort, tmp_path):
     assert figures["auprc"][text] >= best - 0.002
 
 
+def test_an_embedding_of_the_usual_weights_takes_part_from_the_first_calibration_on(
+    models, cohort, grid_file, tmp_path
+):
+    (tmp_path / "model.pt").write_bytes((models / "model.pt").read_bytes())
+    for file in models.glob("normative_t1*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    use = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path, "--usual_weights#t1", "{'atlas_z': 1.0, 'embedding': 0.5}")
+    succeed("calibration", "calibrate", grid_file, *use)
+    content = json.loads((tmp_path / "calibration_t1.json").read_text())
+    assert content["fusion"]["weights"] == {"atlas_z": 1.0, "embedding": 0.5}
+    assert content["provenance"]["embedding_sha256"]
+    assert "of the same model and scans already" in succeed("calibration", "calibrate", grid_file, *use)
+
+
 def test_operating_points_and_quantiles(models, cohort, grid_file, tmp_path):
     found = {}
     for name, given in (("specific", ()), ("screening", ("--operating_point", "screening"))):
