@@ -494,7 +494,7 @@ def test_a_fusion_is_chosen_on_scans_with_lesions(fused, cohort, tmp_path):
     assert figures["auprc"][text] >= best - 0.002
 
 
-def test_an_embedding_of_the_usual_weights_takes_part_from_the_first_calibration_on(
+def test_an_embedding_takes_part_from_the_first_calibration_on(
     models, cohort, grid_file, tmp_path
 ):
     (tmp_path / "model.pt").write_bytes((models / "model.pt").read_bytes())
