@@ -494,9 +494,7 @@ def test_a_fusion_is_chosen_on_scans_with_lesions(fused, cohort, tmp_path):
     assert figures["auprc"][text] >= best - 0.002
 
 
-def test_an_embedding_takes_part_from_the_first_calibration_on(
-    models, cohort, grid_file, tmp_path
-):
+def test_an_embedding_takes_part_from_the_first_calibration_on(models, cohort, grid_file, tmp_path):
     (tmp_path / "model.pt").write_bytes((models / "model.pt").read_bytes())
     for file in models.glob("normative_t1*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
