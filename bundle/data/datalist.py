@@ -16,7 +16,7 @@ import torch
 
 from bundle.errors import InputError
 
-from .files import SCAN_FORMATS, analyze_pair, is_dicom, is_scan, is_there, read_json, stem, write_volume
+from .files import AUTO, SCAN_FORMATS, analyze_pair, is_dicom, is_scan, is_there, read_json, stem, write_volume
 from .formats import holds_dicom
 
 # Version of what stands between a file and the networks: mask, alignment, grid, bias field, intensities. Data that were
@@ -247,7 +247,7 @@ def list_scans(
         path: a file (`SCAN_FORMATS`); a prepared dataset, of which ``section`` is taken; or a folder with scans in it
             or below: files, where NAME_brain_mask and NAME_lesion belong to NAME, and folders with DICOM series.
         brain_mask: mask of the scan, for a single file.
-        section, contrast, maps: as in `load_datalist`.
+        section, contrast, maps: as in `load_datalist`; "auto" keeps all contrasts.
 
     Raises:
         InputError: nothing there, or a mask for many scans.
@@ -256,7 +256,7 @@ def list_scans(
         return []
     path = Path(path)
     if (path / "datalist.json").is_file():
-        items = load_datalist(path, section, contrast, maps=maps, raw=True)
+        items = load_datalist(path, section, None if contrast == AUTO else contrast, maps=maps, raw=True)
     elif path.is_dir():
         items = add_maps(_list_folder(path), maps or {})
     elif not path.exists():

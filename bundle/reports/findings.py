@@ -20,6 +20,7 @@ from ignite.engine import Engine, Events
 import bundle
 from bundle.command_line import impersonal, record_run, run_records
 from bundle.data.files import (
+    AUTO,
     claim_folder,
     is_there,
     nifti_header,
@@ -38,7 +39,7 @@ from .pages import write_overview, write_viewer
 from .view import View
 
 COLUMNS = (
-    *("name", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
+    *("name", "contrast", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
     *("not_examined_percent", "seconds", "status"),
 )
 
@@ -54,20 +55,31 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str
 
 def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict[str, Any]:
     """What makes the results of a scan: settings, models, atlas and version, as they are kept in ``run.json``."""
-    known = calibration.load()
-    hashes = {k: known.provenance.get(k) for k in ("model_sha256", "reconstruction_sha256")}
-    hashes["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
+    each = {contrast: _calibration_facts(file) for contrast, file in calibration.each().items()}
+    facts = {**settings, **(each if settings.get("contrast") == AUTO else next(iter(each.values())))}
     if settings.get("atlas") and is_there(settings["atlas"]):
-        hashes["atlas_sha256"] = hashlib.sha256(Path(settings["atlas"]).read_bytes()).hexdigest()
-    facts = {**settings, **hashes, "fusion": str(known.fusion), "bundle": bundle.__version__}
+        facts["atlas_sha256"] = hashlib.sha256(Path(settings["atlas"]).read_bytes()).hexdigest()
+    facts["bundle"] = bundle.__version__
     return json.loads(impersonal(json.dumps(facts)))
 
 
+def _calibration_facts(calibration: CalibrationFile) -> dict[str, Any]:
+    known = calibration.load()
+    facts = {k: known.provenance.get(k) for k in ("model_sha256", "reconstruction_sha256")}
+    facts["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
+    return {**facts, "fusion": str(known.fusion)}
+
+
 def calibration_files(calibration: CalibrationFile) -> list[str | Path]:
-    """The files that a calibration stands for: model, maps, thresholds, and the normative map where there is one."""
-    normative = Path(normative_file(Path(calibration.model_file).parent, calibration.load().contrast))
-    maps = [Path(calibration.path).with_suffix(".nii.gz"), normative, normative.with_suffix(".nii.gz")]
-    return [calibration.model_file, calibration.path, *(file for file in maps if file.is_file())]
+    """The files that a calibration stands for, of each contrast: model, maps, thresholds, and the normative map where
+    there is one.
+    """
+    files: list[str | Path] = []
+    for contrast, file in calibration.each().items():
+        normative = Path(normative_file(Path(file.model_file).parent, contrast))
+        maps = [Path(file.path).with_suffix(".nii.gz"), normative, normative.with_suffix(".nii.gz")]
+        files += [file.model_file, file.path, *(there for there in maps if there.is_file())]
+    return files
 
 
 def _scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +177,8 @@ class SaveFindings:
     def start(self, engine: Engine) -> None:
         self.rows, self.begun = [], time.monotonic()
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
-        self.find_lesions.threshold()
+        for contrast in self.find_lesions.calibration.each():
+            self.find_lesions.threshold(contrast)
         for scan in self.scans:
             _require_ours(self.output_dir / scan["name"])
         claim_folder(self.output_dir)
@@ -221,7 +234,9 @@ class SaveFindings:
 
     def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         affine, figures = output["heatmap"].affine, output["result"]
+        contrast = output.get("contrast")
         row = {
+            "contrast": contrast or "",
             "lesion_volume_ml": f"{figures['lesion_volume_ml']:.2f}",
             "lesions": len(figures["lesions"]),
             "max_score": f"{figures['max_score']:.3f}",
@@ -233,7 +248,7 @@ class SaveFindings:
         doubt = f"\nFLAGGED: {output['flags']}" if output.get("flags") else ""
         file = output["image"].meta["filename_or_obj"]
         header = nifti_header(file)
-        fusion = self.find_lesions.calibration.load().fusion
+        fusion = self.find_lesions.calibration.load(contrast).fusion
         rule = None if fusion is None else fusion.rule
         self.output_dir.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))
@@ -241,8 +256,8 @@ class SaveFindings:
             for kind, dtype in (("heatmap", np.float32), ("lesion", np.uint8), ("coverage", np.uint8)):
                 volume = np.asarray(output[kind][0]).astype(dtype)
                 write_result(partial / f"{name}_{kind}{result_ending(file)}", volume, affine, header)
-            view = View.of_result(output, self.settings.get("contrast"))
-            scale = heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold())
+            view = View.of_result(output)
+            scale = heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold(contrast))
             title = f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}"
             draw_report(partial / f"{name}_report.png", title, view, figures["lesions"], *scale)
             write_viewer(partial / f"{name}_report.html", name, view, figures, *scale, flags=output.get("flags") or "")

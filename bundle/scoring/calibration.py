@@ -23,7 +23,7 @@ from nibabel.filebasedimages import ImageFileError
 
 from bundle.command_line import record_run
 from bundle.data.datalist import CHAIN
-from bundle.data.files import claim_folder, read_json, write_json
+from bundle.data.files import AUTO, CONTRASTS, calibrated_contrasts, claim_folder, of_contrast, read_json, write_json
 from bundle.data.population import coarse_affine, coarsen, coarsening, population_maps, read_maps, write_maps
 from bundle.errors import InputError
 from bundle.transforms.normative import MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
@@ -147,12 +147,13 @@ class Calibration:
             score = {"squared_error": error, "variance": variance}[name]
         return fill_outside(within_scan(score, inside), inside)
 
-    def threshold(self, name: str, quantile: float) -> float:
-        """Score that ``quantile`` of healthy brain voxels do not exceed.
+    def threshold(self, name: str, quantile: float | None) -> float:
+        """Score that ``quantile`` of healthy brain voxels do not exceed; None: `usual_quantile`.
 
         Raises:
             InputError: a score or quantile that was not stored.
         """
+        quantile = usual_quantile(self.contrast, name) if quantile is None else quantile
         try:
             return self.quantiles[name][f"{quantile:g}"]
         except KeyError as error:
@@ -265,11 +266,14 @@ def fit_calibration(
     return replace(fit(everyone), quantiles=quantiles, provenance=about)
 
 
-def usual_quantile(contrast: str, score: str) -> float:
+def usual_quantile(contrast: str, score: str) -> float | None:
     """Share of healthy brain voxels below the threshold that is used if none is named: of those stored, the least at
     which held-out healthy scans have, on average, at most two findings above 100 mm^3 with the shipped weights, or the
-    highest, if none does (docs/results.md); 0.9995 for scores and contrasts that it was not looked up for.
+    highest, if none does (docs/results.md); 0.9995 for scores and contrasts that it was not looked up for. None for
+    the contrast "auto": each scan's own.
     """
+    if contrast == AUTO:
+        return None
     return _USUAL_QUANTILES.get((contrast, score), 0.9995)
 
 
@@ -377,12 +381,14 @@ def load_calibration(
 
 
 class CalibrationFile:
-    """A calibration that is read when it is first needed, so that a bundle can be looked at before it is trained.
+    """A calibration that is read when it is first needed, so that a bundle can be looked at before it is trained; or
+    those of several contrasts, where the names of the files are of "auto" (`of_contrast`).
 
     As a handler it reads the file when the engine starts: before the first scan, not after it.
 
     Args:
-        path, model_file, grid, fusion: see `load_calibration`.
+        path, model_file, grid, fusion: see `load_calibration`. Of several contrasts, those that lack the weights of
+            the reconstruction are fused without.
     """
 
     def __init__(
@@ -390,15 +396,31 @@ class CalibrationFile:
     ) -> None:
         self.path, self.model_file, self.grid, self.fusion = path, model_file, grid, fusion
         self._loaded: Calibration | None = None
+        self._each: dict[str, CalibrationFile] = {}
 
-    def load(self) -> Calibration:
-        """The calibration; errors as of `load_calibration`."""
+    def each(self) -> dict[str, CalibrationFile]:
+        """The calibrations, of one contrast each, by their contrasts."""
+        if of_contrast(self.path, CONTRASTS[0]) == str(self.path):
+            return {self.load().contrast: self}
+        folder = Path(self.path).parent
+        for contrast in calibrated_contrasts(folder) if not self._each else ():
+            fusion = self.fusion
+            if fusion and not Path(reconstruction_file(folder, contrast)).is_file():
+                fusion = replace(fusion, weights={k: w for k, w in fusion.weights.items() if k != "reconstruction"})
+            path, model = of_contrast(self.path, contrast), of_contrast(self.model_file, contrast)
+            self._each[contrast] = CalibrationFile(path, model, self.grid, fusion)
+        return self._each
+
+    def load(self, contrast: str | None = None) -> Calibration:
+        """The calibration, of several that of ``contrast``; errors as of `load_calibration`."""
+        if of_contrast(self.path, CONTRASTS[0]) != str(self.path):
+            return self.each()[contrast or ""].load()
         if self._loaded is None:
             self._loaded = load_calibration(self.path, self.model_file, self.grid, self.fusion)
         return self._loaded
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, lambda _: self.load())
+        engine.add_event_handler(Events.STARTED, lambda _: [file.load() for file in self.each().values()])
 
 
 class FitCalibration:

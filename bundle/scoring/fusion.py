@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from scipy import stats
 
+from bundle.data.files import CONTRASTS, of_contrast
 from bundle.errors import InputError
 
 # chosen on planted lesions (docs/results.md): the maps that every scan has, and the one that needs a second network
@@ -85,6 +86,7 @@ class Fusion:
 def usual_weights(reconstruction_path: str | Path) -> dict[str, float]:
     """Weights of the fusion that is used if none is named: location, the atlas z-score and, where its network's weights
     are there, the reconstruction residual. A calibration holds the thresholds of one fusion, so that nobody loses or
-    gains that file without being told.
+    gains that file without being told. Of the contrast "auto", if any contrast has such a file.
     """
-    return {**_WEIGHTS, **(_RECONSTRUCTION if Path(reconstruction_path).is_file() else {})}
+    there = any(Path(of_contrast(reconstruction_path, contrast)).is_file() for contrast in CONTRASTS)
+    return {**_WEIGHTS, **(_RECONSTRUCTION if there else {})}

@@ -80,7 +80,7 @@ class CheckLikenessd(MapTransform):
         self.calibration, self.atlas, self.largest_share = calibration, atlas, largest_share
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d, calibration = dict(data), self.calibration.load()
+        d, calibration = dict(data), self.calibration.load(data.get("contrast"))
         image = d[self.keys[0]]
         volume = image.as_tensor().cpu().float()
         share = float((calibration.standardise("intensity", volume).abs()[volume > 0] > 3).float().mean())
@@ -119,7 +119,8 @@ class AnomalyHeatmapd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        d[self.output_key] = score_of(self.score, self.calibration.load(), d, self.keys[0], self.image_key)
+        calibration = self.calibration.load(d.get("contrast"))
+        d[self.output_key] = score_of(self.score, calibration, d, self.keys[0], self.image_key)
         return d
 
 
@@ -130,7 +131,7 @@ class FindLesionsd(MapTransform):
         keys: the heatmap ``[1, H, W, D]`` (one key).
         score: that the heatmap shows.
         calibration: of the model and contrast; holds the thresholds.
-        quantile: of the healthy scores, above which a voxel is lesion.
+        quantile: of the healthy scores, above which a voxel is lesion; None: the usual one of each scan's contrast.
         threshold: score to use instead of the calibration's; see `chosen_threshold`.
         min_lesion_mm3: connected components (26 neighbours) below this volume are removed, mm^3 of the scan itself,
             also where the heatmap lies on the atlas.
@@ -142,7 +143,7 @@ class FindLesionsd(MapTransform):
         keys: KeysCollection,
         score: str,
         calibration: CalibrationFile,
-        quantile: float,
+        quantile: float | None,
         threshold: float | None = None,
         min_lesion_mm3: float = 0.0,
         output_key: str = "lesion",
@@ -152,11 +153,15 @@ class FindLesionsd(MapTransform):
         self.fixed_threshold, self.output_key = chosen_threshold(threshold), output_key
         self.min_lesion_mm3 = float(min_lesion_mm3)
 
-    def threshold(self) -> float:
-        """The score above which a voxel is lesion; `InputError` if the calibration holds no such quantile."""
+    def threshold(self, contrast: str | None = None) -> float:
+        """The score above which a voxel is lesion; `InputError` if the calibration holds no such quantile.
+
+        Args:
+            contrast: of the scan, where there are several calibrations.
+        """
         if self.fixed_threshold is not None:
             return self.fixed_threshold
-        return self.calibration.load().threshold(self.score, self.quantile)
+        return self.calibration.load(contrast).threshold(self.score, self.quantile)
 
     def cut(self, heatmap: MetaTensor, threshold: float, to_atlas: Any = None) -> MetaTensor:
         """Mask (float 0 and 1) of the voxels above ``threshold``, without what is too small; ``to_atlas`` as in
@@ -168,5 +173,5 @@ class FindLesionsd(MapTransform):
         return MetaTensor(RemoveSmallObjects(least, connectivity=3)(lesion)) if lesion.any() else lesion
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        lesion = self.cut(data[self.keys[0]], self.threshold(), data.get("to_atlas"))
+        lesion = self.cut(data[self.keys[0]], self.threshold(data.get("contrast")), data.get("to_atlas"))
         return {**data, self.output_key: lesion}
