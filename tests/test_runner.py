@@ -113,6 +113,47 @@ def test_a_contrast_that_nobody_scanned_is_made_from_anatomy(anatomies, grid_fil
     assert wrong.returncode == 2 and "contrast 'pd' is unknown" in wrong.stderr.splitlines()[-1]
 
 
+def test_a_bids_dataset_is_answered_by_a_derivative(models, cohort, grid_file, tmp_path):
+    lists = json.loads((cohort / "datalist.json").read_text())
+    source, out, place = tmp_path / "raw", tmp_path / "raw/derivatives/patch2loc", "sub-01/ses-a/anat/sub-01_ses-a"
+    for item, name in zip(lists["test"], (f"{place}_T1w.nii.gz", "sub-02/anat/sub-02_acq-x_T1w.nii.gz")):
+        (source / name).parent.mkdir(parents=True)
+        shutil.copy(cohort / item["image"], source / name)
+    (source / f"{place}_T2w.nii.gz").write_bytes(b"")
+    (source / "sub-02/anat/sub-02_ce-gd_T1w.nii.gz").write_bytes(b"")
+    about = {"Name": "Phantoms", "BIDSVersion": "1.10.0", "License": "CC0", "Authors": ["A", "B"]}
+    (source / "dataset_description.json").write_text(json.dumps(about))
+    use = ("--dataset_dir", source, "--ckpt_dir", models, "--bias_field", "none", "--alignment", "none")
+    use += ("--brain_recovery", "none")
+    refused = run_bundle("inference", "inference", grid_file, *use, "--output_dir", source)
+    assert refused.returncode == 2 and "is a dataset that others made" in refused.stderr.splitlines()[-1]
+    broken = run_bundle("inference", "inference", grid_file, *use, "--output_dir", out)
+    assert broken.returncode == 3 and "sub-01_ses-a_T2w.nii.gz: cannot be read" in broken.stderr.splitlines()[-1]
+    done = succeed("inference", "inference", grid_file, *use, "--contrast", "t1", "--output_dir", out)
+    assert "[1/2]" in done  # other settings
+    assert {r["name"]: r["contrast"] for r in rows(out / "summary.csv")} == dict.fromkeys(
+        ("sub-01_ses-a_T1w", "sub-02_acq-x_T1w"), "t1"
+    )
+    kinds = ("desc-heatmap_T1w", "desc-lesionT1w_mask", "desc-coverageT1w_dseg")
+    for name in (place, "sub-02/anat/sub-02_acq-x"):
+        for kind in kinds:
+            image, told = nib.load(out / f"{name}_{kind}.nii.gz"), json.loads((out / f"{name}_{kind}.json").read_text())
+            assert image.shape == tuple(GRID["spatial_size"]) and told["Sources"] == [f"bids:raw:{name}_T1w.nii.gz"]
+        page = (out / f"{name}_desc-lesionT1w_report.html").read_text()
+        assert f'href="{"../" * name.count("/")}report.html"' in page
+        assert f'href="{name}_desc-lesionT1w_report.html"' in (out / "report.html").read_text()
+    assert len(list((out / "sub-01/ses-a/anat").iterdir())) == 8
+    made = json.loads((out / "dataset_description.json").read_text())
+    assert made["GeneratedBy"][0]["Name"] == "patch2loc_brain_mri" and made["DatasetType"] == "derivative"
+    assert made["DatasetLinks"] == {"raw": "../.."}
+    again = succeed("inference", "inference", grid_file, *use, "--contrast", "t1", "--output_dir", out)
+    assert again.count("done before") == 2 and "[1/" not in again
+    validator = shutil.which("bids-validator-deno")
+    if validator:
+        checked = subprocess.run([validator, str(out)], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+
+
 def test_the_contrast_is_told_from_each_scan(models, cohort, grid_file, tmp_path):
     """One run over raw scans of two contrasts, each with its own model, as if each had been named."""
     both, dark, out = tmp_path / "models", tmp_path / "t2", tmp_path / "out"

@@ -16,6 +16,7 @@ import torch
 
 from bundle.errors import InputError
 
+from .bids import find_bids_scans, is_bids
 from .files import AUTO, SCAN_FORMATS, analyze_pair, is_dicom, is_scan, is_there, read_json, stem, write_volume
 from .formats import holds_dicom
 
@@ -244,7 +245,8 @@ def list_scans(
     Items say whether they are prepared: ``prepared``. Those of a list that others made are scans like any other.
 
     Args:
-        path: a file (`SCAN_FORMATS`); a prepared dataset, of which ``section`` is taken; or a folder with scans in it
+        path: a file (`SCAN_FORMATS`); a prepared dataset, of which ``section`` is taken; a BIDS dataset, see
+            `find_bids_scans`; or a folder with scans in it
             or below: files, where NAME_brain_mask and NAME_lesion belong to NAME, and folders with DICOM series.
         brain_mask: mask of the scan, for a single file.
         section, contrast, maps: as in `load_datalist`; "auto" keeps all contrasts.
@@ -257,6 +259,11 @@ def list_scans(
     path = Path(path)
     if (path / "datalist.json").is_file():
         items = load_datalist(path, section, None if contrast == AUTO else contrast, maps=maps, raw=True)
+    elif is_bids(path):
+        items = add_maps(find_bids_scans(path, None if contrast == AUTO else contrast), maps or {})
+        if not items:
+            wanted = "T1w, T2w or FLAIR scan" if contrast in (None, AUTO) else f"scan of contrast '{contrast}'"
+            raise InputError(f"{path}: a BIDS dataset without a {wanted} in its sub-*/anat or sub-*/ses-*/anat")
     elif path.is_dir():
         items = add_maps(_list_folder(path), maps or {})
     elif not path.exists():

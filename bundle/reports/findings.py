@@ -19,6 +19,7 @@ from ignite.engine import Engine, Events
 
 import bundle
 from bundle.command_line import impersonal, record_run, run_records
+from bundle.data.bids import begin_derivative, result_path, sidecar
 from bundle.data.files import (
     AUTO,
     claim_folder,
@@ -26,6 +27,7 @@ from bundle.data.files import (
     nifti_header,
     share,
     unwritable,
+    write_json,
     write_text,
 )
 from bundle.data.formats import RESULT_ENDINGS, result_ending, write_result
@@ -121,7 +123,7 @@ def _earlier_results(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, 
     there = {
         name: row
         for name, row in rows.items()
-        if any((folder / name / f"{name}_heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
+        if any(result_path(folder, name, f"heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
     }
     return there, {name: known for name, known in record.get("scans", {}).items() if name in there}
 
@@ -138,6 +140,8 @@ class SaveFindings:
     row is "ok", "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans
     are done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that
     holds anything else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
+
+    Of the scans of a BIDS dataset OUT becomes a derivative, and the files have their places in it, see `result_path`.
 
     Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label``, whose files are read again
     for the pictures, ``heatmap``, ``lesion`` and ``coverage`` back on the input's grid, and ``result`` as
@@ -181,6 +185,9 @@ class SaveFindings:
             self.find_lesions.threshold(contrast)
         for scan in self.scans:
             _require_ours(self.output_dir / scan["name"])
+        sources = [str(scan["image"]).removesuffix(scan["bids"]) for scan in self.scans if "bids" in scan]
+        if sources:
+            begin_derivative(self.output_dir, impersonal(Path(os.path.relpath(sources[0], self.output_dir)).as_posix()))
         claim_folder(self.output_dir)
         if is_main():
             facts = self.facts = run_facts(self.settings, self.find_lesions.calibration)
@@ -218,9 +225,8 @@ class SaveFindings:
                 except Exception as error:  # a picture of it cannot be drawn, or what else there may be
                     failure = explain(error)
                     row = {"name": name, "status": f"failed: {failure}"}
-            if failure and (self.output_dir / name).is_dir():
-                _require_ours(self.output_dir / name)
-                shutil.rmtree(self.output_dir / name)
+            if failure:
+                _remove_results(self.output_dir, name)
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
             if is_main():
@@ -255,17 +261,29 @@ class SaveFindings:
         try:
             for kind, dtype in (("heatmap", np.float32), ("lesion", np.uint8), ("coverage", np.uint8)):
                 volume = np.asarray(output[kind][0]).astype(dtype)
-                write_result(partial / f"{name}_{kind}{result_ending(file)}", volume, affine, header)
+                path = self._path(name, f"{kind}{result_ending(file)}", partial)
+                write_result(path, volume, affine, header)
+                if "bids" in output:
+                    told = {"Score": figures["score"], "Threshold": figures["threshold"], "Contrast": contrast}
+                    write_json(self._path(name, f"{kind}.json", partial), sidecar(kind, output["bids"], told))
             view = View.of_result(output)
             scale = heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold(contrast))
             title = f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}"
-            draw_report(partial / f"{name}_report.png", title, view, figures["lesions"], *scale)
-            write_viewer(partial / f"{name}_report.html", name, view, figures, *scale, flags=output.get("flags") or "")
+            draw_report(self._path(name, "report.png", partial), title, view, figures["lesions"], *scale)
+            page = self._path(name, "report.html")
+            back = Path(os.path.relpath(self.output_dir / "report.html", page.parent)).as_posix()
+            doubts = output.get("flags") or ""
+            write_viewer(partial / page.name, name, view, figures, *scale, flags=doubts, back=back)
             share(partial)
-            _replace_folder(partial, self.output_dir / name)
+            _put(partial, self.output_dir, name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return row
+
+    def _path(self, name: str, what: str, folder: Path | None = None) -> Path:
+        """Where a result goes; or where it is written first, in ``folder``."""
+        path = result_path(self.output_dir, name, what)
+        return path if folder is None else folder / path.name
 
     def finish(self, engine: Engine) -> None:
         self.rows = [*self.finished.values(), *gather(self.rows)]
@@ -301,6 +319,30 @@ def _require_ours(folder: Path) -> None:
         raise InputError(
             f"{folder}: would be replaced by results, but holds files that are none; choose another output folder"
         )
+
+
+def _put(new: Path, output_dir: Path, name: str) -> None:
+    """Put the files of the folder ``new`` in the place of a scan's results."""
+    heatmap = result_path(output_dir, name, f"heatmap{RESULT_ENDINGS[0]}")
+    if heatmap.parent == output_dir / name:
+        return _replace_folder(new, heatmap.parent)
+    _remove_results(output_dir, name)
+    heatmap.parent.mkdir(parents=True, exist_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.name == heatmap.name):  # last: it says that all are there
+        file.replace(heatmap.parent / file.name)
+
+
+def _remove_results(output_dir: Path, name: str) -> None:
+    """Remove what an earlier run has left of a scan."""
+    folder = result_path(output_dir, name, "report.png").parent
+    if folder == output_dir / name:
+        if folder.is_dir():
+            _require_ours(folder)
+            shutil.rmtree(folder)
+        return
+    for kind in ("heatmap", "lesion", "coverage", "report"):
+        for ending in (*RESULT_ENDINGS, ".json", ".png", ".html"):
+            result_path(output_dir, name, kind + ending).unlink(missing_ok=True)
 
 
 def _replace_folder(new: Path, old: Path) -> None:
