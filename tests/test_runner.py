@@ -344,7 +344,9 @@ def test_every_format_gives_what_nifti_gives(models, cohort, grid_file, tmp_path
     kept = {"nrrd": ".nrrd", "nhdr": ".nrrd", "mha": ".mha", "mhd": ".mha"}  # what answers in a format of its own
     for name, row in table.items():
         assert {**row, "seconds": ""} == {**table["as_nii"], "seconds": ""}
-        assert len({f.name for f in (out / name).iterdir()}) == 5
+        is_dicom = name in ("as_dicom", "as_zip")
+        assert (out / name / f"{name}_lesion.seg.dcm").is_file() == is_dicom
+        assert len({f.name for f in (out / name).iterdir()}) == 5 + is_dicom
         for kind in ("heatmap", "lesion", "coverage"):
             files = (out / n / f"{n}_{kind}{kept.get(n.removeprefix('as_'), '.nii.gz')}" for n in ("as_nii", name))
             nifti, other = (LoadScand("x")({"x": file})["x"] for file in files)

@@ -7,7 +7,8 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,23 @@ def read_dicom_zip(file: str, contrast: str | None = None) -> MetaTensor:
     Raises:
         InputError: as of `read_dicom`; a zip that is damaged, locked, or grows beyond what can be a scan.
     """
+    with _unpacked(file) as folder:
+        return read_dicom(folder, contrast, file)
+
+
+@contextmanager
+def dicom_files(path: str, contrast: str | None = None) -> Iterator[Sequence[str]]:
+    """Files of the series that `read_dicom` or `read_dicom_zip` reads, in the order of its slices."""
+    if Path(path).is_dir():
+        yield _choose_series(path, contrast, path)
+    else:
+        with _unpacked(path) as folder:
+            yield _choose_series(folder, contrast, path)
+
+
+@contextmanager
+def _unpacked(file: str) -> Iterator[str]:
+    """A folder with the DICOM files of a zip, for a while."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -224,7 +242,12 @@ def read_dicom_zip(file: str, contrast: str | None = None) -> MetaTensor:
                         place.unlink()
         except (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{file}: cannot be unpacked; is it complete, and without a password?") from error
-        return read_dicom(folder, contrast, file)
+        yield folder
+
+
+def is_dicom_scan(path: str | Path) -> bool:
+    """Whether what `LoadScand` was given is a DICOM series: a folder or a zip."""
+    return str(path).lower().endswith(".zip") or Path(path).is_dir()
 
 
 def holds_dicom(file: str | Path) -> bool:

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ignite.engine import Engine, Events
 import bundle
 from bundle.command_line import impersonal, record_run, run_records
 from bundle.data.bids import begin_derivative, result_path, sidecar
+from bundle.data.dicom_seg import HINT, has_highdicom, write_segmentation
 from bundle.data.files import (
     AUTO,
     claim_folder,
@@ -30,7 +32,7 @@ from bundle.data.files import (
     write_json,
     write_text,
 )
-from bundle.data.formats import RESULT_ENDINGS, result_ending, write_result
+from bundle.data.formats import RESULT_ENDINGS, dicom_files, is_dicom_scan, result_ending, write_result
 from bundle.errors import InputError, explain
 from bundle.parallel import gather, is_main
 from bundle.scoring import CalibrationFile, FindLesionsd
@@ -135,11 +137,11 @@ class SaveFindings:
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
     (float32), ``NAME_lesion.nii.gz`` and ``NAME_coverage.nii.gz`` (uint8; 0 not brain, 1 brain that was looked at, 2
     brain that was not), all on the input's grid (as ``.nrrd`` or ``.mha`` where the scan is of such a format), and
-    ``NAME_report.png`` and ``NAME_report.html``, a viewer; ``report.html`` is the table with links to them. The
-    ``status`` of its
-    row is "ok", "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans
-    are done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that
-    holds anything else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
+    ``NAME_report.png`` and ``NAME_report.html``, a viewer, and of a DICOM series ``NAME_lesion.seg.dcm``, if highdicom
+    is installed; ``report.html`` is the table with links to them. The ``status`` of its row is "ok",
+    "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans are done and
+    some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that holds anything
+    else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
 
     Of the scans of a BIDS dataset OUT becomes a derivative, and the files have their places in it, see `result_path`.
 
@@ -198,6 +200,8 @@ class SaveFindings:
             self._write_table(list(self.finished.values()))
             files = calibration_files(self.find_lesions.calibration)
             record_run(self.output_dir, "inference", files, settings=facts, scans=scans)
+            if any(is_dicom_scan(scan["image"]) for scan in self.scans) and not has_highdicom():
+                print(HINT)
             for name in self.finished:
                 print(f"{name}: done before, with the same settings")
 
@@ -266,6 +270,9 @@ class SaveFindings:
                 if "bids" in output:
                     told = {"Score": figures["score"], "Threshold": figures["threshold"], "Contrast": contrast}
                     write_json(self._path(name, f"{kind}.json", partial), sidecar(kind, output["bids"], told))
+            if is_dicom_scan(file) and has_highdicom():
+                told = {k: figures[k] for k in ("score", "threshold") if k in figures}
+                self._write_segmentation(self._path(name, "lesion.seg.dcm", partial), output, told)
             view = View.of_result(output)
             scale = heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold(contrast))
             title = f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}"
@@ -279,6 +286,16 @@ class SaveFindings:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return row
+
+    @staticmethod
+    def _write_segmentation(path: Path, output: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """The lesions as DICOM; a series that cannot be referred to has the other results all the same."""
+        lesion, meta = output["lesion"], output["image"].meta
+        try:
+            with dicom_files(meta["filename_or_obj"], meta.get("named_contrast") or None) as files:
+                write_segmentation(path, np.asarray(lesion[0]), lesion.affine, files, facts)
+        except InputError as error:
+            warnings.warn(f"{meta['filename_or_obj']}: no DICOM Segmentation: {error.message}")
 
     def _path(self, name: str, what: str, folder: Path | None = None) -> Path:
         """Where a result goes; or where it is written first, in ``folder``."""
@@ -312,7 +329,7 @@ def as_list(batch: Any) -> list[dict[str, Any]]:
 def _require_ours(folder: Path) -> None:
     """Raises: InputError: what is there is not the results of a scan."""
     volumes = {f"{kind}{ending}" for kind in ("heatmap", "lesion", "coverage") for ending in RESULT_ENDINGS}
-    results = {f"{folder.name}_{what}" for what in (*volumes, "report.png", "report.html")}
+    results = {f"{folder.name}_{what}" for what in (*volumes, "lesion.seg.dcm", "report.png", "report.html")}
     if folder.exists() and not (
         folder.is_dir() and all(f.name in results or f.name.startswith(".") for f in folder.iterdir())
     ):

@@ -62,7 +62,9 @@ class View:
         files: dict[Hashable, Any] = {
             key: output[key].meta["filename_or_obj"] for key in ("image", "label") if output.get(key) is not None
         }
-        scan = LoadScand(list(files), contrast=output.get("contrast"))(files)
+        # what a series is called has chosen it, not what was told from it
+        contrast = output["image"].meta.get("named_contrast") or output.get("contrast")
+        scan = LoadScand(list(files), contrast=contrast)(files)
         label = scan.get("label")
         if label is not None and (
             label.shape != scan["image"].shape or not np.allclose(label.affine, scan["image"].affine)
