@@ -304,6 +304,8 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
     series: dict[Path, None] = {}
     unread: list[Path] = []
     for file in _visible_files(folder):
+        if file.name.lower().endswith(".seg.dcm"):
+            continue
         pair = analyze_pair(file)
         is_half = pair is not None and not (is_there(pair[0]) and is_there(pair[1]))
         if is_half or not is_scan(file):

@@ -41,6 +41,7 @@ _FEWEST_SLICES = 4
 # words of a series' description, and times in ms where it has none
 _NO_SCAN = {"loc", "localizer", "scout", "survey", "adc", "dwi", "dti", "trace", "swi", "perf", "asl", "bold", "mip"}
 _NO_SCAN |= {"pd", "gd", "gad", "gado", "post", "ce", "mra", "tof", "t2star"}
+_NO_SCAN_MODALITIES = {"SEG", "RTSTRUCT", "SR", "PR", "KO"}
 _T1_NAMES = {"mprage", "spgr", "fspgr", "bravo", "tfl", "tfe", "mp2rage"}
 
 
@@ -270,6 +271,8 @@ def _choose_series(folder: str, contrast: str | None, name: str) -> Sequence[str
         sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid)
         for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
     ]
+    if len(all_series) > 1:  # what was said of the scan may lie beside it
+        all_series = [files for files in all_series if _modality(files[0]) not in _NO_SCAN_MODALITIES]
     if len(all_series) == 1:
         return all_series[0]
     if not all_series:
@@ -283,6 +286,16 @@ def _choose_series(folder: str, contrast: str | None, name: str) -> Sequence[str
     )
     which = f"{len(fitting)} of them {contrast}" if contrast else "of which one must be chosen"
     raise InputError(f"{name}: holds {len(all_series)} DICOM series, {which}: {listed}; give a folder with one")
+
+
+def _modality(file: str) -> str:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    try:
+        reader.ReadImageInformation()
+        return reader.GetMetaData("0008|0060").strip()
+    except RuntimeError:  # no image, or no such tag
+        return ""
 
 
 def named_contrast(text: str) -> str | None:

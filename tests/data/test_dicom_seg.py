@@ -5,6 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from bundle.data.datalist import list_scans
 from bundle.data.dicom_seg import HINT, has_highdicom, write_segmentation
 from bundle.data.formats import dicom_files, is_dicom_scan, read_dicom
 from bundle.errors import InputError
@@ -82,6 +83,14 @@ def test_the_voxels_and_the_series_are_those_of_the_scan(series, lesion, tmp_pat
     lesion[0, 0, 0] = 1
     write(tmp_path / "y.seg.dcm", series, lesion)
     assert pydicom.dcmread(tmp_path / "y.seg.dcm").SOPInstanceUID != data.SOPInstanceUID
+
+
+def test_it_may_lie_beside_its_series_and_is_no_scan(series, lesion, tmp_path):
+    write(series / "head_lesion.seg.dcm", series, lesion)
+    (tmp_path / "out/head").mkdir(parents=True)
+    shutil.copy(series / "head_lesion.seg.dcm", tmp_path / "out/head")
+    assert read_dicom(str(series)).shape == (1, *SHAPE)
+    assert [scan["name"] for scan in list_scans(tmp_path)] == ["head"]
 
 
 def test_without_highdicom_nothing_else_is_lost(monkeypatch):
