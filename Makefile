@@ -1,5 +1,5 @@
 # `make demo` and `make test` first; all make their own environment in .venv. Then:
-#   make infer SCAN=file_or_folder CONTRAST=flair OUT=folder         the shipped weights on your scans
+#   make infer SCAN=file_or_folder OUT=folder         the shipped weights on your scans
 #   make train DATA=prepared CONTRAST=t1 MODELS=folder               both networks, and their calibration
 #   make evaluate DATA=prepared CONTRAST=t1 MODELS=folder OUT=folder
 #   make serve STUDIES=folder                                        MONAI Label on port 8000
@@ -11,7 +11,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 LABEL := .venv-label
-CONTRAST ?= t1
+# inference tells the contrast from each scan
+CONTRAST ?= $(if $(filter infer,$(MAKECMDGOALS)),auto,t1)
 MODELS ?= models
 OUT ?= out
 RUN := $(BIN)/python -m monai.bundle run

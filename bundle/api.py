@@ -21,7 +21,8 @@ class Findings(NamedTuple):
     Attributes:
         heatmap: float32 ``[X, Y, Z]`` on the scan's voxels, healthy spreads above usual.
         lesion: uint8 ``[X, Y, Z]``, 1 is lesion.
-        summary: as `bundle.reports.viewer.describe_findings` makes it, with ``threshold`` and ``not_examined_percent``.
+        summary: as `bundle.reports.viewer.describe_findings` makes it, with ``threshold``, ``contrast`` and
+            ``not_examined_percent``.
         coverage: uint8 ``[X, Y, Z]``, 0 not brain, 1 brain that was looked at, 2 brain that was not.
     """
 
@@ -35,7 +36,7 @@ class LesionFinder:
     """The inference of ``configs/inference.json``, for arrays.
 
     Args:
-        contrast: "t1", "t2" or "flair".
+        contrast: "t1", "t2" or "flair"; "auto" tells it from each scan.
         root: of the bundle; the folder that holds this package unless given.
         overrides: keys of the config and their values, such as ``device="cpu"`` or ``score="location"``.
 
@@ -50,14 +51,14 @@ class LesionFinder:
         found.heatmap, found.lesion, found.summary["lesion_volume_ml"]
     """
 
-    def __init__(self, contrast: str = "t1", root: str | Path = _ROOT, **overrides: Any) -> None:
+    def __init__(self, contrast: str = "auto", root: str | Path = _ROOT, **overrides: Any) -> None:
         config = ConfigParser()
         config.read_config(str(Path(root) / "configs/inference.json"))
         config.update({"bundle_root": str(root), "contrast": contrast, **overrides})
         parts = ("device", "preprocessing", "network", "inferer", "postprocessing", "calibration")
         parsed = [config.get_parsed_content(name) for name in parts]
         self.device, self.preprocessing, self.network, self.inferer, self.postprocessing, calibration = parsed
-        calibration.load()
+        calibration.each()
         self.network.eval()
 
     def __call__(self, image: np.ndarray | torch.Tensor, affine: np.ndarray) -> Findings:

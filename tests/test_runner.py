@@ -113,6 +113,89 @@ def test_a_contrast_that_nobody_scanned_is_made_from_anatomy(anatomies, grid_fil
     assert wrong.returncode == 2 and "contrast 'pd' is unknown" in wrong.stderr.splitlines()[-1]
 
 
+def test_a_bids_dataset_is_answered_by_a_derivative(models, cohort, grid_file, tmp_path):
+    lists = json.loads((cohort / "datalist.json").read_text())
+    source, out, place = tmp_path / "raw", tmp_path / "raw/derivatives/patch2loc", "sub-01/ses-a/anat/sub-01_ses-a"
+    for item, name in zip(lists["test"], (f"{place}_T1w.nii.gz", "sub-02/anat/sub-02_acq-x_T1w.nii.gz")):
+        (source / name).parent.mkdir(parents=True)
+        shutil.copy(cohort / item["image"], source / name)
+    (source / f"{place}_T2w.nii.gz").write_bytes(b"")
+    (source / "sub-02/anat/sub-02_ce-gd_T1w.nii.gz").write_bytes(b"")
+    about = {"Name": "Phantoms", "BIDSVersion": "1.10.0", "License": "CC0", "Authors": ["A", "B"]}
+    (source / "dataset_description.json").write_text(json.dumps(about))
+    use = ("--dataset_dir", source, "--ckpt_dir", models, "--bias_field", "none", "--alignment", "none")
+    use += ("--brain_recovery", "none")
+    refused = run_bundle("inference", "inference", grid_file, *use, "--output_dir", source)
+    assert refused.returncode == 2 and "is a dataset that others made" in refused.stderr.splitlines()[-1]
+    broken = run_bundle("inference", "inference", grid_file, *use, "--output_dir", out)
+    assert broken.returncode == 3 and "sub-01_ses-a_T2w.nii.gz: cannot be read" in broken.stderr.splitlines()[-1]
+    done = succeed("inference", "inference", grid_file, *use, "--contrast", "t1", "--output_dir", out)
+    assert "[1/2]" in done  # other settings
+    assert {r["name"]: r["contrast"] for r in rows(out / "summary.csv")} == dict.fromkeys(
+        ("sub-01_ses-a_T1w", "sub-02_acq-x_T1w"), "t1"
+    )
+    kinds = ("desc-heatmap_T1w", "desc-lesionT1w_mask", "desc-coverageT1w_dseg")
+    for name in (place, "sub-02/anat/sub-02_acq-x"):
+        for kind in kinds:
+            image, told = nib.load(out / f"{name}_{kind}.nii.gz"), json.loads((out / f"{name}_{kind}.json").read_text())
+            assert image.shape == tuple(GRID["spatial_size"]) and told["Sources"] == [f"bids:raw:{name}_T1w.nii.gz"]
+        page = (out / f"{name}_desc-lesionT1w_report.html").read_text()
+        assert f'href="{"../" * name.count("/")}report.html"' in page
+        assert f'href="{name}_desc-lesionT1w_report.html"' in (out / "report.html").read_text()
+    assert len(list((out / "sub-01/ses-a/anat").iterdir())) == 8
+    made = json.loads((out / "dataset_description.json").read_text())
+    assert made["GeneratedBy"][0]["Name"] == "patch2loc_brain_mri" and made["DatasetType"] == "derivative"
+    assert made["DatasetLinks"] == {"raw": "../.."}
+    again = succeed("inference", "inference", grid_file, *use, "--contrast", "t1", "--output_dir", out)
+    assert again.count("done before") == 2 and "[1/" not in again
+    validator = shutil.which("bids-validator-deno")
+    if validator:
+        checked = subprocess.run([validator, str(out)], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
+
+
+def test_the_contrast_is_told_from_each_scan(models, cohort, grid_file, tmp_path):
+    """One run over raw scans of two contrasts, each with its own model, as if each had been named."""
+    both, dark, out = tmp_path / "models", tmp_path / "t2", tmp_path / "out"
+    shutil.copytree(models, both)
+    lists = json.loads((cohort / "datalist.json").read_text())
+    for item in (item for section in lists.values() for item in section):
+        image = nib.load(cohort / item["image"])
+        values = image.get_fdata()
+        write_nifti(dark / item["image"], np.where(values > 0, 1.3 - values, 0), image.affine)
+        item.update(contrast="t2", brain_mask=str(cohort / item["brain_mask"]))
+        item.pop("label", None)
+    (dark / "datalist.json").write_text(json.dumps(lists))
+    use = ("--dataset_dir", dark, "--ckpt_dir", both, "--contrast", "t2")
+    succeed("training", "train", grid_file, *use, "--max_epochs", 1)
+    succeed("calibration", "calibrate", grid_file, *use)
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name, folder in (("one", cohort), ("other_t1w", dark), ("third", cohort)):
+        shutil.copy(folder / lists["test"][name == "third"]["image"], scans / f"{name}.nii.gz")
+    use = ("--ckpt_dir", both, "--bias_field", "none", "--alignment", "none", "--brain_recovery", "none")
+    told = succeed("inference", "inference", grid_file, *use, "--dataset_dir", scans, "--output_dir", out)
+    table = {row["name"]: row for row in rows(out / "summary.csv")}
+    assert {n: row["contrast"] for n, row in table.items()} == {"one": "t1", "other_t1w": "t2", "third": "t1"}
+    assert "its name says t1, its tissues t2" in table["other_t1w"]["status"]
+    assert "[1/" not in succeed("inference", "inference", grid_file, *use, "--dataset_dir", scans, "--output_dir", out)
+    for name, contrast in (("third", "t1"), ("other_t1w", "t2")):
+        use_one = ("--dataset_dir", scans / f"{name}.nii.gz", "--contrast", contrast, "--output_dir", tmp_path / name)
+        succeed("inference", "inference", grid_file, *use, *use_one)
+        files = (folder / name / f"{name}_heatmap.nii.gz" for folder in (out, tmp_path / name))
+        np.testing.assert_array_equal(*(nib.load(file).get_fdata() for file in files))
+    record = json.loads((out / "run.json").read_text())["inference"]
+    assert {"t1", "t2"} <= set(record["settings"]) and "model_t2.pt" in record["sha256"] and "third" in told
+    overrides = {**GRID, "min_lesion_mm3": 0.0, "ckpt_dir": str(both), "bias_field": "none", "alignment": "none"}
+    find = LesionFinder(device="cpu", brain_recovery="none", **overrides)
+    for name, contrast in (("one", "t1"), ("other_t1w", "t2"), ("third", "t1")):
+        image = nib.load(scans / f"{name}.nii.gz")
+        found = find(image.get_fdata(dtype=np.float32), image.affine)
+        assert found.summary["contrast"] == contrast
+        expected = nib.load(out / name / f"{name}_heatmap.nii.gz").get_fdata()
+        np.testing.assert_allclose(found.heatmap, expected, atol=1e-4)
+
+
 def test_trainings_are_tracked(cohort, grid_file, tmp_path):
     """TensorBoard by an overlay, with heatmaps of validation slices; MLflow by MONAI's own option."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -135,7 +218,7 @@ def test_inference_on_a_prepared_dataset(models, cohort, grid_file, tmp_path):
     assert "[2/2]" in out
     table = rows(tmp_path / "summary.csv")
     assert list(table[0]) == [
-        *("name", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
+        *("name", "contrast", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
         *("not_examined_percent", "seconds", "status"),
     ]
     items = json.loads((cohort / "datalist.json").read_text())["test"]
@@ -224,6 +307,9 @@ def test_the_tensorrt_overlay_with_an_engine_of_torchscript(models, cohort, grid
     folder = tmp_path / "models"
     shutil.copytree(models, folder)
     use = ("--dataset_dir", cohort, "--ckpt_dir", folder, "--output_dir", tmp_path / "engine")
+    unnamed = run_bundle("inference", "inference+inference_trt", grid_file, *use)
+    assert unnamed.returncode == 2 and "name it with --contrast" in unnamed.stderr.splitlines()[-1]
+    use += ("--contrast", "t1")
     missing = run_bundle("inference", "inference+inference_trt", grid_file, *use)
     assert missing.returncode == 2 and "model_trt.ts: no compiled network" in missing.stderr.splitlines()[-1]
     network = PatchLocator(patch_size=GRID["patch_size"])
@@ -258,7 +344,9 @@ def test_every_format_gives_what_nifti_gives(models, cohort, grid_file, tmp_path
     kept = {"nrrd": ".nrrd", "nhdr": ".nrrd", "mha": ".mha", "mhd": ".mha"}  # what answers in a format of its own
     for name, row in table.items():
         assert {**row, "seconds": ""} == {**table["as_nii"], "seconds": ""}
-        assert len({f.name for f in (out / name).iterdir()}) == 5
+        is_dicom = name in ("as_dicom", "as_zip")
+        assert (out / name / f"{name}_lesion.seg.dcm").is_file() == is_dicom
+        assert len({f.name for f in (out / name).iterdir()}) == 5 + is_dicom
         for kind in ("heatmap", "lesion", "coverage"):
             files = (out / n / f"{n}_{kind}{kept.get(n.removeprefix('as_'), '.nii.gz')}" for n in ("as_nii", name))
             nifti, other = (LoadScand("x")({"x": file})["x"] for file in files)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from bundle.errors import InputError, explain
 
 from .atlas import atlas_overlap, contrast_doubt, load_atlas
+from .bids import find_bids_scans
 from .datalist import CHAIN, VOLUME_KEYS
 from .files import claim_folder, read_json, write_json, write_volume
 from .own_volume import scan_to_atlas
@@ -46,7 +47,9 @@ class Recipe:
     the section that a scan belongs to, where the folders say so; nobody is dealt out then.
 
     Attributes:
-        images: contrast -> pattern, or a list.
+        images: contrast -> pattern, or a list; in a BIDS dataset, contrast -> its suffix.
+        bids: the images are those of a BIDS dataset, see `bundle.data.bids.find_bids_scans`; ``{subject}`` and
+            ``{session}`` of the other patterns are "sub-01" and "ses-1" then.
         brain_mask, label, anatomy_label: patterns, or lists; optional. The last is a label map of healthy anatomy, from
             which other contrasts are made (`bundle.synthesis`).
         close_mm: radius by which the mask is closed (for label maps of tissue), mm.
@@ -66,6 +69,7 @@ class Recipe:
     ignored_labels: list[int] = field(default_factory=list)
     person: str = ".*"
     splits: dict[str, int | str] = field(default_factory=lambda: {"test": "rest"})
+    bids: bool = False
 
 
 def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | None = None) -> Recipe:
@@ -93,7 +97,7 @@ def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | No
     _check_types(recipe, file)
     images = [p for patterns in recipe.images.values() for p in _patterns(patterns)]
     for pattern in images:
-        if "{subject}" not in str(pattern):
+        if not recipe.bids and "{subject}" not in str(pattern):
             raise InputError(f"{file}: pattern '{pattern}' has no {{subject}}")
     sectioned = ["{section}" in pattern for pattern in images]
     if any(sectioned) and ("splits" in content or not all(sectioned)):
@@ -122,6 +126,7 @@ def _check_types(recipe: Recipe, file: Path) -> None:
     ignored = recipe.ignored_labels
     rules = {
         "images": (contrasts, "contrasts (in lower case) with a pattern or a list of patterns each"),
+        "bids": (isinstance(recipe.bids, bool), "true or false"),
         "close_mm": (number(recipe.close_mm) and recipe.close_mm >= 0, "a number of mm"),
         "alignment": (recipe.alignment in ("affine", "none", "auto"), "'affine', 'auto' or 'none'"),
         "ignored_labels": (isinstance(ignored, list) and all(map(number, ignored)), "a list of numbers"),
@@ -173,8 +178,8 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
     scans: dict[tuple[str, str], dict[str, str]] = {}
     sections: dict[str, str] = {}
     for contrast, patterns in recipe.images.items():
-        for match in _matches(patterns, paths):
-            subject, path, parts = match["subject"], match[0], match.groupdict()
+        for path, parts in _bids_images(source, contrast) if recipe.bids else _images(patterns, paths):
+            subject = str(parts["subject"])
             session, section = parts.get("session"), parts.get("section")
             name = f"{subject}_{session}" if session else subject
             person = (re.search(recipe.person, subject) or [subject])[0]
@@ -198,6 +203,15 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
         wanted = " or ".join(p for patterns in recipe.images.values() for p in _patterns(patterns))
         raise InputError(f"{source_dir}: nothing matches {wanted}")
     return [scans[key] for key in sorted(scans)]
+
+
+def _images(patterns: str | list[str], paths: list[str]) -> list[tuple[str, dict[str, str | None]]]:
+    return [(match[0], match.groupdict()) for match in _matches(patterns, paths)]
+
+
+def _bids_images(source: Path, contrast: str) -> list[tuple[str, dict[str, str | None]]]:
+    keys = ("subject", "session")
+    return [(s["bids"], {k: s[k] for k in keys if k in s}) for s in find_bids_scans(source, contrast)]
 
 
 def _check_section(section: str, person: str, others: dict[str, str], path: Path) -> None:

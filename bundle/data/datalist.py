@@ -16,7 +16,8 @@ import torch
 
 from bundle.errors import InputError
 
-from .files import SCAN_FORMATS, analyze_pair, is_dicom, is_scan, is_there, read_json, stem, write_volume
+from .bids import find_bids_scans, is_bids
+from .files import AUTO, SCAN_FORMATS, analyze_pair, is_dicom, is_scan, is_there, read_json, stem, write_volume
 from .formats import holds_dicom
 
 # Version of what stands between a file and the networks: mask, alignment, grid, bias field, intensities. Data that were
@@ -244,10 +245,11 @@ def list_scans(
     Items say whether they are prepared: ``prepared``. Those of a list that others made are scans like any other.
 
     Args:
-        path: a file (`SCAN_FORMATS`); a prepared dataset, of which ``section`` is taken; or a folder with scans in it
+        path: a file (`SCAN_FORMATS`); a prepared dataset, of which ``section`` is taken; a BIDS dataset, see
+            `find_bids_scans`; or a folder with scans in it
             or below: files, where NAME_brain_mask and NAME_lesion belong to NAME, and folders with DICOM series.
         brain_mask: mask of the scan, for a single file.
-        section, contrast, maps: as in `load_datalist`.
+        section, contrast, maps: as in `load_datalist`; "auto" keeps all contrasts.
 
     Raises:
         InputError: nothing there, or a mask for many scans.
@@ -256,7 +258,12 @@ def list_scans(
         return []
     path = Path(path)
     if (path / "datalist.json").is_file():
-        items = load_datalist(path, section, contrast, maps=maps, raw=True)
+        items = load_datalist(path, section, None if contrast == AUTO else contrast, maps=maps, raw=True)
+    elif is_bids(path):
+        items = add_maps(find_bids_scans(path, None if contrast == AUTO else contrast), maps or {})
+        if not items:
+            wanted = "T1w, T2w or FLAIR scan" if contrast in (None, AUTO) else f"scan of contrast '{contrast}'"
+            raise InputError(f"{path}: a BIDS dataset without a {wanted} in its sub-*/anat or sub-*/ses-*/anat")
     elif path.is_dir():
         items = add_maps(_list_folder(path), maps or {})
     elif not path.exists():
@@ -297,6 +304,8 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
     series: dict[Path, None] = {}
     unread: list[Path] = []
     for file in _visible_files(folder):
+        if file.name.lower().endswith(".seg.dcm"):
+            continue
         pair = analyze_pair(file)
         is_half = pair is not None and not (is_there(pair[0]) and is_there(pair[1]))
         if is_half or not is_scan(file):

@@ -19,6 +19,8 @@ from filelock import FileLock, Timeout
 from bundle.errors import InputError
 from bundle.parallel import is_main
 
+CONTRASTS = ("t1", "t2", "flair")
+AUTO = "auto"  # whichever the scan is of; files that are chosen then have it in the place of the contrast
 _NIFTI = (".nii.gz", ".nii")
 ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
 SCAN_ENDINGS = (*_NIFTI, *ITK_ENDINGS, ".mgz", ".mgh", ".hdr", ".img", ".zip")
@@ -186,6 +188,22 @@ def model_file(ckpt_dir: str | Path, contrast: str) -> str:
     any other: no contrast is ever scored by another's.
     """
     return str(Path(ckpt_dir) / ("model.pt" if contrast == "t1" else f"model_{contrast}.pt"))
+
+
+def of_contrast(path: str | Path, contrast: str | None) -> str:
+    """A path whose name stands for every contrast (``calibration_auto.json``), for one; any other path as it is."""
+    path = Path(path)
+    if contrast is None or not path.stem.endswith(f"_{AUTO}"):
+        return str(path)
+    if path.name == f"model_{AUTO}.pt":
+        return model_file(path.parent, contrast)
+    return str(path.with_name(f"{path.stem.removesuffix(AUTO)}{contrast}{path.suffix}"))
+
+
+def calibrated_contrasts(ckpt_dir: str | Path) -> list[str]:
+    """Contrasts that a folder has calibrations of; T1w, where it has none: what is missing is told by that name."""
+    there = [c for c in CONTRASTS if Path(of_contrast(Path(ckpt_dir) / f"calibration_{AUTO}.json", c)).is_file()]
+    return there or [CONTRASTS[0]]
 
 
 def is_there(path: str | Path) -> bool:

@@ -7,7 +7,8 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _FEWEST_SLICES = 4
 # words of a series' description, and times in ms where it has none
 _NO_SCAN = {"loc", "localizer", "scout", "survey", "adc", "dwi", "dti", "trace", "swi", "perf", "asl", "bold", "mip"}
 _NO_SCAN |= {"pd", "gd", "gad", "gado", "post", "ce", "mra", "tof", "t2star"}
+_NO_SCAN_MODALITIES = {"SEG", "RTSTRUCT", "SR", "PR", "KO"}
 _T1_NAMES = {"mprage", "spgr", "fspgr", "bravo", "tfl", "tfe", "mp2rage"}
 
 
@@ -178,7 +180,7 @@ def read_dicom(folder: str, contrast: str | None = None, name: str | None = None
 
     Args:
         folder: with the series, and others: then the one that its description (or its times) calls ``contrast``.
-        contrast: "t1", "t2" or "flair"; None where it is not known.
+        contrast: "t1", "t2" or "flair"; None takes the only one that is of any of them.
         name: that messages and ``filename_or_obj`` give to the folder.
 
     Raises:
@@ -199,6 +201,7 @@ def read_dicom(folder: str, contrast: str | None = None, name: str | None = None
         raise InputError(f"{name}: its DICOM series is not one grey-scale volume")
     scan = from_sitk(image)
     scan.meta["filename_or_obj"] = name
+    scan.meta["named_contrast"] = _describe_series(files)[1] or ""
     return scan
 
 
@@ -208,6 +211,23 @@ def read_dicom_zip(file: str, contrast: str | None = None) -> MetaTensor:
     Raises:
         InputError: as of `read_dicom`; a zip that is damaged, locked, or grows beyond what can be a scan.
     """
+    with _unpacked(file) as folder:
+        return read_dicom(folder, contrast, file)
+
+
+@contextmanager
+def dicom_files(path: str, contrast: str | None = None) -> Iterator[Sequence[str]]:
+    """Files of the series that `read_dicom` or `read_dicom_zip` reads, in the order of its slices."""
+    if Path(path).is_dir():
+        yield _choose_series(path, contrast, path)
+    else:
+        with _unpacked(path) as folder:
+            yield _choose_series(folder, contrast, path)
+
+
+@contextmanager
+def _unpacked(file: str) -> Iterator[str]:
+    """A folder with the DICOM files of a zip, for a while."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -223,7 +243,12 @@ def read_dicom_zip(file: str, contrast: str | None = None) -> MetaTensor:
                         place.unlink()
         except (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{file}: cannot be unpacked; is it complete, and without a password?") from error
-        return read_dicom(folder, contrast, file)
+        yield folder
+
+
+def is_dicom_scan(path: str | Path) -> bool:
+    """Whether what `LoadScand` was given is a DICOM series: a folder or a zip."""
+    return str(path).lower().endswith(".zip") or Path(path).is_dir()
 
 
 def holds_dicom(file: str | Path) -> bool:
@@ -246,12 +271,14 @@ def _choose_series(folder: str, contrast: str | None, name: str) -> Sequence[str
         sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid)
         for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
     ]
+    if len(all_series) > 1:  # what was said of the scan may lie beside it
+        all_series = [files for files in all_series if _modality(files[0]) not in _NO_SCAN_MODALITIES]
     if len(all_series) == 1:
         return all_series[0]
     if not all_series:
         raise InputError(f"{name}: holds 0 DICOM series; give a folder or zip with one")
     told = [_describe_series(files) for files in all_series]
-    fitting = [files for files, (_, is_called) in zip(all_series, told) if contrast and is_called == contrast]
+    fitting = [files for files, (_, of) in zip(all_series, told) if of and of == (contrast or of)]
     if len(fitting) == 1:
         return fitting[0]
     listed = ", ".join(
@@ -259,6 +286,32 @@ def _choose_series(folder: str, contrast: str | None, name: str) -> Sequence[str
     )
     which = f"{len(fitting)} of them {contrast}" if contrast else "of which one must be chosen"
     raise InputError(f"{name}: holds {len(all_series)} DICOM series, {which}: {listed}; give a folder with one")
+
+
+def _modality(file: str) -> str:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(file)
+    try:
+        reader.ReadImageInformation()
+        return reader.GetMetaData("0008|0060").strip()
+    except RuntimeError:  # no image, or no such tag
+        return ""
+
+
+def named_contrast(text: str) -> str | None:
+    """Contrast that a name or description tells: "t1", "t2", "flair"; None for any other, or none."""
+    words = _words(text)
+    if words & _NO_SCAN:
+        return None
+    if words & _T1_NAMES or any(word.startswith("t1") for word in words):
+        return "t1"
+    if any(word.startswith(("flair", "tirm", "dark")) for word in words):
+        return "flair"
+    return "t2" if any(word.startswith("t2") for word in words) else None
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", text.lower().replace("t2*", "t2star")))
 
 
 def _describe_series(files: Sequence[str]) -> tuple[str, str | None]:
@@ -276,15 +329,11 @@ def _describe_series(files: Sequence[str]) -> tuple[str, str | None]:
         reader.GetMetaData(tag).encode("utf-8", "replace").decode().strip() if reader.HasMetaDataKey(tag) else ""
         for tag in tags
     )
-    words = set(re.findall(r"[a-z0-9]+", f"{text} {protocol}".lower().replace("t2*", "t2star")))
-    shown = " ".join((text or protocol).split())[:60]
-    if words & _NO_SCAN or (len(files) < _FEWEST_SLICES and reader.GetSize()[2] < _FEWEST_SLICES):
+    told, shown = f"{text} {protocol}", " ".join((text or protocol).split())[:60]
+    if _words(told) & _NO_SCAN or (len(files) < _FEWEST_SLICES and reader.GetSize()[2] < _FEWEST_SLICES):
         return shown, None
-    inverted = any(word.startswith(("flair", "tirm", "dark")) for word in words)
-    if words & _T1_NAMES or any(word.startswith("t1") for word in words):
-        return shown, "t1"
-    if inverted or any(word.startswith("t2") for word in words):
-        return shown, "flair" if inverted else "t2"
+    if named := named_contrast(told):
+        return shown, named
     repetition, echo, inversion = (float(v) if _is_number(v) else 0.0 for v in times)
     if echo >= 60:
         return shown, "flair" if inversion > 1500 else "t2" if repetition >= 2000 else None

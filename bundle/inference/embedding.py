@@ -23,7 +23,7 @@ from scipy import ndimage
 from torch import nn
 
 from bundle.data.datalist import CHAIN
-from bundle.data.files import claim_folder, read_json, write_json
+from bundle.data.files import claim_folder, of_contrast, read_json, write_json
 from bundle.data.population import coarse_affine, coarsening, read_maps, write_maps
 from bundle.errors import InputError
 from bundle.networks import load_weights
@@ -324,8 +324,8 @@ class EmbeddingMapd(MapTransform):
         keys: normalised volume ``[1, H, W, D]``, 0 outside the brain (one key).
         network: the localiser; its weights are read from ``model_file`` when the first scan comes.
         inferer: gives the network's channels as they are (``output="location"``).
-        model_file: of the localiser.
-        embedding_file: of `fit_embedding`.
+        model_file: of the localiser; of the contrast "auto" each scan's own (`of_contrast`).
+        embedding_file: of `fit_embedding`; likewise.
         device: to run on.
         output_key: where the distance ``[1, H, W, D]`` goes.
 
@@ -345,19 +345,21 @@ class EmbeddingMapd(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.network, self.inferer, self.model_file, self.device = network, inferer, model_file, device
-        self.embedding_file, self.output_key = Path(embedding_file), output_key
+        self.embedding_file, self.output_key = embedding_file, output_key
         self._embedding: Embedding | None = None
+        self._loaded = ""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        if self._embedding is None:
-            if not self.embedding_file.is_file():
+        file, model_file = (of_contrast(path, d.get("contrast")) for path in (self.embedding_file, self.model_file))
+        if self._embedding is None or self._loaded != file:
+            if not Path(file).is_file():
                 return d
             if not hasattr(self.network, "embed"):
-                raise InputError(f"{self.embedding_file}: a {type(self.network).__name__} has no embedding")
-            load_weights(self.network, self.model_file)
+                raise InputError(f"{file}: a {type(self.network).__name__} has no embedding")
+            load_weights(self.network, model_file)
             self.network.to(self.device).eval()
-            self._embedding = load_embedding(self.embedding_file, self.model_file)
+            self._embedding, self._loaded = load_embedding(file, model_file), file
         found, image = self._embedding, d[self.keys[0]]
         volume = image.as_tensor().to(self.device).float()
         network = Components(self.network, found.center, found.projection).to(self.device)

@@ -12,6 +12,7 @@ from monai.handlers import CheckpointLoader
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_dst_type
 
+from bundle.data.files import CONTRASTS, of_contrast
 from bundle.errors import InputError
 from bundle.networks import load_weights
 from bundle.scoring import anomaly_channels, fill_outside, require_model
@@ -22,7 +23,8 @@ _FEWEST_POSITIONS = 512  # smaller chunks than that are a matter of what else is
 
 
 class WeightsCheckpointLoader(CheckpointLoader):
-    """MONAI's `CheckpointLoader` for weights alone: a flat state dict, read with ``weights_only``, strictly.
+    """MONAI's `CheckpointLoader` for weights alone: a flat state dict, read with ``weights_only``, strictly. Of the
+    contrast "auto" it reads none: the inferer does, by the scan.
 
     Args:
         load_path: its file.
@@ -35,6 +37,8 @@ class WeightsCheckpointLoader(CheckpointLoader):
 
     def __call__(self, engine: Any) -> None:
         (network,) = self.load_dict.values()
+        if of_contrast(self.load_path, CONTRASTS[0]) != str(self.load_path):
+            return
         require_model(self.load_path)
         load_weights(network, self.load_path)
 
@@ -77,7 +81,8 @@ class PatchLocationInferer(Inferer):
         whole_slices: run slices as they are, one by one, all of one size: for engines that are compiled for a shape.
             Otherwise only the bounding boxes that hold brain are run.
         model_file: weights (a flat state dict) that are put into the network before its first volume. MONAI's runner
-            does that by itself; MONAI Label hands over the weights of ``model.pt``, whatever the contrast.
+            does that by itself; MONAI Label hands over the weights of ``model.pt``, whatever the contrast. Of the
+            contrast "auto": those of the ``contrast`` in each volume's ``meta``, which `TellContrastd` writes.
 
     Raises:
         InputError: weights that cannot be read or are of another network.
@@ -104,6 +109,7 @@ class PatchLocationInferer(Inferer):
         self.precision, self.output = precision, output
         self.whole_slices, self.model_file = whole_slices, model_file
         self._loaded: Any = None
+        self._loaded_file = ""
 
     @torch.no_grad()
     def __call__(
@@ -112,12 +118,16 @@ class PatchLocationInferer(Inferer):
         """Args: inputs ``[B, 1, H, W, D]`` normalised intensities; network as `PatchLocator`, of this stride."""
         if inputs.ndim != 5 or inputs.shape[1] != 1:
             raise ValueError(f"expected volumes [B, 1, H, W, D], got {tuple(inputs.shape)}")
-        if self.model_file is not None and self._loaded is not network:
-            load_weights(network, self.model_file)
-            self._loaded = network
         volumes = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        results = torch.stack([self._with_what_memory_there_is(v[0], network) for v in volumes])
-        return convert_to_dst_type(results, inputs)[0]
+        told = getattr(inputs, "meta", {}).get("contrast")
+        results = []
+        for volume, contrast in zip(volumes, told if isinstance(told, list) else [told] * len(volumes)):
+            file = None if self.model_file is None else of_contrast(self.model_file, contrast)
+            if file is not None and (self._loaded is not network or self._loaded_file != file):
+                load_weights(network, file)
+                self._loaded, self._loaded_file = network, file
+            results.append(self._with_what_memory_there_is(volume[0], network))
+        return convert_to_dst_type(torch.stack(results), inputs)[0]
 
     def _with_what_memory_there_is(self, volume: torch.Tensor, network: Any) -> torch.Tensor:
         """`_volume`; where the GPU's memory runs out, in ever smaller chunks, and at last on the CPU. What fits once is

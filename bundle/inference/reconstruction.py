@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from torch import nn
 
+from bundle.data.files import AUTO, of_contrast
 from bundle.networks import load_weights
 from bundle.scoring import LESION_SIGN
 
@@ -24,8 +25,9 @@ class ReconstructionMapd(MapTransform):
     Args:
         keys: normalised volume ``[1, H, W, D]``, 0 outside the brain (one key).
         network: from slices ``[B, 1, H, W]`` to slices.
-        model_file: its weights, a flat state dict; read when the first scan comes.
-        contrast: of the scan.
+        model_file: its weights, a flat state dict; read when the first scan comes. For the contrast "auto" each
+            scan's own (`of_contrast`).
+        contrast: of the scan; "auto" takes the item's.
         device: to run on.
         output_key: where the residual ``[1, H, W, D]`` goes, 0 outside the brain.
 
@@ -45,17 +47,19 @@ class ReconstructionMapd(MapTransform):
         super().__init__(keys)
         self.network, self.model_file, self.device = network, Path(model_file), device
         self.contrast, self.output_key = contrast, output_key
-        self._ready = False
+        self._loaded = ""
 
     @torch.no_grad()
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        if not self._ready:
-            if not self.model_file.is_file():
+        contrast = d["contrast"] if self.contrast == AUTO else self.contrast
+        model_file = of_contrast(self.model_file, contrast)
+        if self._loaded != model_file:
+            if not Path(model_file).is_file():
                 return d
-            load_weights(self.network, self.model_file)
+            load_weights(self.network, model_file)
             self.network.to(self.device).eval()
-            self._ready = True
+            self._loaded = model_file
         image = d[self.keys[0]]
         volume = image.as_tensor().cpu().float()
         filled = torch.nonzero((volume[0] > 0).any(0).any(0))[:, 0]
@@ -69,6 +73,6 @@ class ReconstructionMapd(MapTransform):
                 self.device = "cpu"
                 pred = self.network.cpu()(batch)
             residual[..., slices] = (batch - pred.float().cpu()).permute(1, 2, 3, 0)
-        residual *= LESION_SIGN[self.contrast] * (volume > 0)
+        residual *= LESION_SIGN[contrast] * (volume > 0)
         d[self.output_key] = MetaTensor(residual).copy_meta_from(image)
         return d

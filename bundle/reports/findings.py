@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,19 @@ from ignite.engine import Engine, Events
 
 import bundle
 from bundle.command_line import impersonal, record_run, run_records
+from bundle.data.bids import begin_derivative, result_path, sidecar
+from bundle.data.dicom_seg import HINT, has_highdicom, write_segmentation
 from bundle.data.files import (
+    AUTO,
     claim_folder,
     is_there,
     nifti_header,
     share,
     unwritable,
+    write_json,
     write_text,
 )
-from bundle.data.formats import RESULT_ENDINGS, result_ending, write_result
+from bundle.data.formats import RESULT_ENDINGS, dicom_files, is_dicom_scan, result_ending, write_result
 from bundle.errors import InputError, explain
 from bundle.parallel import gather, is_main
 from bundle.scoring import PARTS, CalibrationFile, FindLesionsd
@@ -38,7 +43,7 @@ from .pages import write_overview, write_viewer
 from .view import View
 
 COLUMNS = (
-    *("name", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
+    *("name", "contrast", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
     *("not_examined_percent", "seconds", "status"),
 )
 
@@ -54,20 +59,31 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str
 
 def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict[str, Any]:
     """What makes the results of a scan: settings, models, atlas and version, as they are kept in ``run.json``."""
-    known = calibration.load()
-    hashes = {k: known.provenance.get(k) for k in ("model_sha256", *(f"{part}_sha256" for part in PARTS))}
-    hashes["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
+    each = {contrast: _calibration_facts(file) for contrast, file in calibration.each().items()}
+    facts = {**settings, **(each if settings.get("contrast") == AUTO else next(iter(each.values())))}
     if settings.get("atlas") and is_there(settings["atlas"]):
-        hashes["atlas_sha256"] = hashlib.sha256(Path(settings["atlas"]).read_bytes()).hexdigest()
-    facts = {**settings, **hashes, "fusion": str(known.fusion), "bundle": bundle.__version__}
+        facts["atlas_sha256"] = hashlib.sha256(Path(settings["atlas"]).read_bytes()).hexdigest()
+    facts["bundle"] = bundle.__version__
     return json.loads(impersonal(json.dumps(facts)))
 
 
+def _calibration_facts(calibration: CalibrationFile) -> dict[str, Any]:
+    known = calibration.load()
+    facts = {k: known.provenance.get(k) for k in ("model_sha256", *(f"{part}_sha256" for part in PARTS))}
+    facts["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
+    return {**facts, "fusion": str(known.fusion)}
+
+
 def calibration_files(calibration: CalibrationFile) -> list[str | Path]:
-    """The files that a calibration stands for: model, maps, thresholds, and the normative map where there is one."""
-    normative = Path(normative_file(Path(calibration.model_file).parent, calibration.load().contrast))
-    maps = [Path(calibration.path).with_suffix(".nii.gz"), normative, normative.with_suffix(".nii.gz")]
-    return [calibration.model_file, calibration.path, *(file for file in maps if file.is_file())]
+    """The files that a calibration stands for, of each contrast: model, maps, thresholds, and the normative map where
+    there is one.
+    """
+    files: list[str | Path] = []
+    for contrast, file in calibration.each().items():
+        normative = Path(normative_file(Path(file.model_file).parent, contrast))
+        maps = [Path(file.path).with_suffix(".nii.gz"), normative, normative.with_suffix(".nii.gz")]
+        files += [file.model_file, file.path, *(there for there in maps if there.is_file())]
+    return files
 
 
 def _scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +125,7 @@ def _earlier_results(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, 
     there = {
         name: row
         for name, row in rows.items()
-        if any((folder / name / f"{name}_heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
+        if any(result_path(folder, name, f"heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
     }
     return there, {name: known for name, known in record.get("scans", {}).items() if name in there}
 
@@ -121,11 +137,13 @@ class SaveFindings:
     For a scan called NAME the folder ``OUT/NAME`` appears, complete or not at all, with ``NAME_heatmap.nii.gz``
     (float32), ``NAME_lesion.nii.gz`` and ``NAME_coverage.nii.gz`` (uint8; 0 not brain, 1 brain that was looked at, 2
     brain that was not), all on the input's grid (as ``.nrrd`` or ``.mha`` where the scan is of such a format), and
-    ``NAME_report.png`` and ``NAME_report.html``, a viewer; ``report.html`` is the table with links to them. The
-    ``status`` of its
-    row is "ok", "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans
-    are done and some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that
-    holds anything else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
+    ``NAME_report.png`` and ``NAME_report.html``, a viewer, and of a DICOM series ``NAME_lesion.seg.dcm``, if highdicom
+    is installed; ``report.html`` is the table with links to them. The ``status`` of its row is "ok",
+    "flagged: DOUBTS" or "failed: REASON"; of a scan that failed, no earlier results stay. When all scans are done and
+    some have failed, an `InputError` with exit code 3 (2 if all have) lists them. A folder OUT/NAME that holds anything
+    else, such as the scan itself, is refused before the work: what we did not write, we do not replace.
+
+    Of the scans of a BIDS dataset OUT becomes a derivative, and the files have their places in it, see `result_path`.
 
     Expects in the output of the evaluator: ``name``, ``image`` and (optional) ``label``, whose files are read again
     for the pictures, ``heatmap``, ``lesion`` and ``coverage`` back on the input's grid, and ``result`` as
@@ -165,9 +183,13 @@ class SaveFindings:
     def start(self, engine: Engine) -> None:
         self.rows, self.begun = [], time.monotonic()
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
-        self.find_lesions.threshold()
+        for contrast in self.find_lesions.calibration.each():
+            self.find_lesions.threshold(contrast=contrast)
         for scan in self.scans:
             _require_ours(self.output_dir / scan["name"])
+        sources = [str(scan["image"]).removesuffix(scan["bids"]) for scan in self.scans if "bids" in scan]
+        if sources:
+            begin_derivative(self.output_dir, impersonal(Path(os.path.relpath(sources[0], self.output_dir)).as_posix()))
         claim_folder(self.output_dir)
         if is_main():
             facts = self.facts = run_facts(self.settings, self.find_lesions.calibration)
@@ -178,6 +200,8 @@ class SaveFindings:
             self._write_table(list(self.finished.values()))
             files = calibration_files(self.find_lesions.calibration)
             record_run(self.output_dir, "inference", files, settings=facts, scans=scans)
+            if any(is_dicom_scan(scan["image"]) for scan in self.scans) and not has_highdicom():
+                print(HINT)
             for name in self.finished:
                 print(f"{name}: done before, with the same settings")
 
@@ -205,9 +229,8 @@ class SaveFindings:
                 except Exception as error:  # a picture of it cannot be drawn, or what else there may be
                     failure = explain(error)
                     row = {"name": name, "status": f"failed: {failure}"}
-            if failure and (self.output_dir / name).is_dir():
-                _require_ours(self.output_dir / name)
-                shutil.rmtree(self.output_dir / name)
+            if failure:
+                _remove_results(self.output_dir, name)
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
             if is_main():
@@ -221,7 +244,9 @@ class SaveFindings:
 
     def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
         affine, figures = output["heatmap"].affine, output["result"]
+        contrast = output.get("contrast")
         row = {
+            "contrast": contrast or "",
             "lesion_volume_ml": f"{figures['lesion_volume_ml']:.2f}",
             "lesions": len(figures["lesions"]),
             "max_score": f"{figures['max_score']:.3f}",
@@ -233,24 +258,49 @@ class SaveFindings:
         doubt = f"\nFLAGGED: {output['flags']}" if output.get("flags") else ""
         file = output["image"].meta["filename_or_obj"]
         header = nifti_header(file)
-        fusion = self.find_lesions.calibration.load().fusion
+        fusion = self.find_lesions.calibration.load(contrast).fusion
         rule = None if fusion is None else fusion.rule
         self.output_dir.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))
         try:
             for kind, dtype in (("heatmap", np.float32), ("lesion", np.uint8), ("coverage", np.uint8)):
                 volume = np.asarray(output[kind][0]).astype(dtype)
-                write_result(partial / f"{name}_{kind}{result_ending(file)}", volume, affine, header)
-            view = View.of_result(output, self.settings.get("contrast"))
-            scale = heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold())
+                path = self._path(name, f"{kind}{result_ending(file)}", partial)
+                write_result(path, volume, affine, header)
+                if "bids" in output:
+                    told = {"Score": figures["score"], "Threshold": figures["threshold"], "Contrast": contrast}
+                    write_json(self._path(name, f"{kind}.json", partial), sidecar(kind, output["bids"], told))
+            if is_dicom_scan(file) and has_highdicom():
+                told = {k: figures[k] for k in ("score", "threshold") if k in figures}
+                self._write_segmentation(self._path(name, "lesion.seg.dcm", partial), output, told)
+            view = View.of_result(output)
+            scale = heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold(contrast=contrast))
             title = f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}"
-            draw_report(partial / f"{name}_report.png", title, view, figures["lesions"], *scale)
-            write_viewer(partial / f"{name}_report.html", name, view, figures, *scale, flags=output.get("flags") or "")
+            draw_report(self._path(name, "report.png", partial), title, view, figures["lesions"], *scale)
+            page = self._path(name, "report.html")
+            back = Path(os.path.relpath(self.output_dir / "report.html", page.parent)).as_posix()
+            doubts = output.get("flags") or ""
+            write_viewer(partial / page.name, name, view, figures, *scale, flags=doubts, back=back)
             share(partial)
-            _replace_folder(partial, self.output_dir / name)
+            _put(partial, self.output_dir, name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return row
+
+    @staticmethod
+    def _write_segmentation(path: Path, output: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """The lesions as DICOM; a series that cannot be referred to has the other results all the same."""
+        lesion, meta = output["lesion"], output["image"].meta
+        try:
+            with dicom_files(meta["filename_or_obj"], meta.get("named_contrast") or None) as files:
+                write_segmentation(path, np.asarray(lesion[0]), lesion.affine, files, facts)
+        except InputError as error:
+            warnings.warn(f"{meta['filename_or_obj']}: no DICOM Segmentation: {error.message}")
+
+    def _path(self, name: str, what: str, folder: Path | None = None) -> Path:
+        """Where a result goes; or where it is written first, in ``folder``."""
+        path = result_path(self.output_dir, name, what)
+        return path if folder is None else folder / path.name
 
     def finish(self, engine: Engine) -> None:
         self.rows = [*self.finished.values(), *gather(self.rows)]
@@ -279,13 +329,37 @@ def as_list(batch: Any) -> list[dict[str, Any]]:
 def _require_ours(folder: Path) -> None:
     """Raises: InputError: what is there is not the results of a scan."""
     volumes = {f"{kind}{ending}" for kind in ("heatmap", "lesion", "coverage") for ending in RESULT_ENDINGS}
-    results = {f"{folder.name}_{what}" for what in (*volumes, "report.png", "report.html")}
+    results = {f"{folder.name}_{what}" for what in (*volumes, "lesion.seg.dcm", "report.png", "report.html")}
     if folder.exists() and not (
         folder.is_dir() and all(f.name in results or f.name.startswith(".") for f in folder.iterdir())
     ):
         raise InputError(
             f"{folder}: would be replaced by results, but holds files that are none; choose another output folder"
         )
+
+
+def _put(new: Path, output_dir: Path, name: str) -> None:
+    """Put the files of the folder ``new`` in the place of a scan's results."""
+    heatmap = result_path(output_dir, name, f"heatmap{RESULT_ENDINGS[0]}")
+    if heatmap.parent == output_dir / name:
+        return _replace_folder(new, heatmap.parent)
+    _remove_results(output_dir, name)
+    heatmap.parent.mkdir(parents=True, exist_ok=True)
+    for file in sorted(new.iterdir(), key=lambda file: file.name == heatmap.name):  # last: it says that all are there
+        file.replace(heatmap.parent / file.name)
+
+
+def _remove_results(output_dir: Path, name: str) -> None:
+    """Remove what an earlier run has left of a scan."""
+    folder = result_path(output_dir, name, "report.png").parent
+    if folder == output_dir / name:
+        if folder.is_dir():
+            _require_ours(folder)
+            shutil.rmtree(folder)
+        return
+    for kind in ("heatmap", "lesion", "coverage", "report"):
+        for ending in (*RESULT_ENDINGS, ".json", ".png", ".html"):
+            result_path(output_dir, name, kind + ending).unlink(missing_ok=True)
 
 
 def _replace_folder(new: Path, old: Path) -> None:

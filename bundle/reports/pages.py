@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from skimage.measure import block_reduce
 
+from bundle.data.bids import result_path
 from bundle.data.files import write_text
 
 from .figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR
@@ -143,9 +144,9 @@ def write_overview(path: str | Path, rows: Sequence[Mapping[str, Any]], facts: M
     shown = []
     for row in rows:
         kind, _, reason = str(row.get("status", "")).partition(": ")
-        folder = f"{row['name']}/{row['name']}"
-        there = {what: f"{folder}_{what}" for what in ("report.html", "report.png")}
-        there = {what: file for what, file in there.items() if (Path(path).parent / file).is_file()}
+        folder = Path(path).parent
+        files = {what: result_path(folder, row["name"], what) for what in ("report.html", "report.png")}
+        there = {what: file.relative_to(folder).as_posix() for what, file in files.items() if file.is_file()}
         doubts = _doubts(reason) if kind == "flagged" else []
         shown.append({**row, "kind": kind, "doubts": doubts, "reason": reason, "files": there})
     write_text(path, environment().get_template("overview.html.j2").render(rows=shown, facts=facts))

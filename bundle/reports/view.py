@@ -52,17 +52,18 @@ class View:
         return cls(scan, scores, mask(brain), mask(found), mask(truth), straight.affine)
 
     @classmethod
-    def of_result(cls, output: Mapping[str, Any], contrast: str | None = None) -> View:
+    def of_result(cls, output: Mapping[str, Any]) -> View:
         """From what inference has of a scan: ``heatmap``, ``lesion`` and ``coverage`` on the scan's grid, and ``image``
         and (optional) ``label``, whose files are read again.
 
         Args:
-            output: of the evaluator, for one scan.
-            contrast: of the run, for folders of several DICOM series.
+            output: of the evaluator, for one scan; its ``contrast`` tells of several DICOM series in a folder which.
         """
         files: dict[Hashable, Any] = {
             key: output[key].meta["filename_or_obj"] for key in ("image", "label") if output.get(key) is not None
         }
+        # what a series is called has chosen it, not what was told from it
+        contrast = output["image"].meta.get("named_contrast") or output.get("contrast")
         scan = LoadScand(list(files), contrast=contrast)(files)
         label = scan.get("label")
         if label is not None and (

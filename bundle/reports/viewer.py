@@ -72,8 +72,8 @@ def _place(affine: np.ndarray, voxel: Any) -> list[float]:
 
 class LabelMapd(MapTransform):
     """Add what MONAI Label sends to a viewer, under the names it looks for: ``pred``, a label map on the scan's grid,
-    and ``result``, figures (see `describe_findings`, the ``threshold``, ``not_examined_percent`` of the brain, and
-    ``flags`` where there are doubts).
+    and ``result``, figures (see `describe_findings`, the ``threshold``, the ``contrast``, ``not_examined_percent`` of
+    the brain, and ``flags`` where there are doubts).
 
     Args:
         keys: the heatmap ``[1, X, Y, Z]`` on the scan's own grid (one key).
@@ -107,9 +107,16 @@ class LabelMapd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        contrast = d.get("contrast")
         heatmap, lesion = d[self.keys[0]].cpu(), d[self.lesion_key].cpu()
         result = describe_findings(heatmap, lesion, d[self.mask_key].cpu(), d.get("to_atlas"), d.get("image"))
-        d["result"] = {**result, "score": self.find_lesions.score, "threshold": self.find_lesions.threshold()}
+        d["result"] = {
+            **result,
+            "score": self.find_lesions.score,
+            "threshold": self.find_lesions.threshold(contrast=contrast),
+        }
+        if contrast:
+            d["result"]["contrast"] = contrast
         d["result"]["not_examined_percent"] = 100 * float(d.get("not_examined", 0.0))
         if d.get("flags"):
             d["result"]["flags"] = d["flags"]
@@ -120,15 +127,15 @@ class LabelMapd(MapTransform):
         if self.coverage_key in d:
             marked[d[self.coverage_key].as_tensor().cpu() == NOT_EXAMINED] = LABELS["not_examined"]
         if self.label_map == "graded":
-            for value, threshold in zip((LABELS["mild"], LABELS["moderate"]), self._grades()):
+            for value, threshold in zip((LABELS["mild"], LABELS["moderate"]), self._grades(contrast)):
                 marked[self.find_lesions.cut(heatmap, threshold, d.get("to_atlas")).as_tensor() > 0] = value
         marked[lesion.as_tensor() > 0] = LABELS["strong" if self.label_map == "graded" else "lesion"]
         d["pred"] = MetaTensor(marked).copy_meta_from(heatmap)
         return d
 
-    def _grades(self) -> list[float]:
+    def _grades(self, contrast: str | None) -> list[float]:
         """Thresholds of the grades; none where the calibration holds none of this score, and one was given."""
-        calibration, score = self.find_lesions.calibration.load(), self.find_lesions.score
+        calibration, score = self.find_lesions.calibration.load(contrast), self.find_lesions.score
         if self.find_lesions.fixed_threshold is not None and score not in calibration.quantiles:
             return []
         return [calibration.threshold(score, grade) for grade in self.grades]

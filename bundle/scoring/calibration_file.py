@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from nibabel.filebasedimages import ImageFileError
 
 from bundle.data.datalist import CHAIN
-from bundle.data.files import read_json, write_json
+from bundle.data.files import CONTRASTS, calibrated_contrasts, of_contrast, read_json, write_json
 from bundle.data.population import read_maps, write_maps
 from bundle.errors import InputError
 from bundle.transforms.normative import load_normative, normative_file
@@ -153,7 +153,8 @@ def load_calibration(
 
 
 class CalibrationFile:
-    """A calibration that is read when it is first needed, so that a bundle can be looked at before it is trained.
+    """A calibration that is read when it is first needed, so that a bundle can be looked at before it is trained; or
+    those of several contrasts, where the names of the files are of "auto" (`of_contrast`).
 
     As a handler it reads the file when the engine starts: before the first scan, not after it.
 
@@ -172,9 +173,21 @@ class CalibrationFile:
         self.path, self.model_file, self.grid = path, model_file, grid
         self.fusion_rule, self.fusion_weights = fusion_rule, fusion_weights
         self._loaded: Calibration | None = None
+        self._each: dict[str, CalibrationFile] = {}
 
-    def load(self) -> Calibration:
-        """The calibration; errors as of `load_calibration`."""
+    def each(self) -> dict[str, CalibrationFile]:
+        """The calibrations, of one contrast each, by their contrasts."""
+        if of_contrast(self.path, CONTRASTS[0]) == str(self.path):
+            return {self.load().contrast: self}
+        for contrast in calibrated_contrasts(Path(self.path).parent) if not self._each else ():
+            files = of_contrast(self.path, contrast), of_contrast(self.model_file, contrast)
+            self._each[contrast] = CalibrationFile(*files, self.grid, self.fusion_rule, self.fusion_weights)
+        return self._each
+
+    def load(self, contrast: str | None = None) -> Calibration:
+        """The calibration, of several that of ``contrast``; errors as of `load_calibration`."""
+        if of_contrast(self.path, CONTRASTS[0]) != str(self.path):
+            return self.each()[contrast or ""].load()
         if self._loaded is None:
             self._loaded = load_calibration(
                 self.path, self.model_file, self.grid, self.fusion_rule, self.fusion_weights
@@ -182,4 +195,4 @@ class CalibrationFile:
         return self._loaded
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, lambda _: self.load())
+        engine.add_event_handler(Events.STARTED, lambda _: [file.load() for file in self.each().values()])

@@ -82,7 +82,7 @@ class CheckLikenessd(MapTransform):
         self.calibration, self.atlas, self.largest_share = calibration, atlas, largest_share
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d, calibration = dict(data), self.calibration.load()
+        d, calibration = dict(data), self.calibration.load(data.get("contrast"))
         image = d[self.keys[0]]
         volume = image.as_tensor().cpu().float()
         share = float((calibration.intensity_z(volume).abs()[volume > 0] > 3).float().mean())
@@ -121,7 +121,8 @@ class AnomalyHeatmapd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        d[self.output_key] = score_of(self.score, self.calibration.load(), d, self.keys[0], self.image_key)
+        calibration = self.calibration.load(d.get("contrast"))
+        d[self.output_key] = score_of(self.score, calibration, d, self.keys[0], self.image_key)
         return d
 
 
@@ -156,15 +157,19 @@ class FindLesionsd(MapTransform):
         self.fixed_threshold, self.output_key = chosen_threshold(threshold), output_key
         self.min_lesion_mm3, self.operating_point = float(min_lesion_mm3), require_point(operating_point)
 
-    def threshold(self, method: str | None = None) -> float:
-        """The score above which a voxel is lesion, of this score or, as healthy scans give it, of another ``method``.
+    def threshold(self, method: str | None = None, contrast: str | None = None) -> float:
+        """The score above which a voxel is lesion.
+
+        Args:
+            method: another score than this, as healthy scans give it.
+            contrast: of the scan, where there are several calibrations.
 
         Raises:
             InputError: the calibration holds no such quantile or operating point.
         """
         if method is None and self.fixed_threshold is not None:
             return self.fixed_threshold
-        calibration, name = self.calibration.load(), self.score if method is None else method
+        calibration, name = self.calibration.load(contrast), self.score if method is None else method
         if self.quantile is None:
             return calibration.point(name, self.operating_point)
         return calibration.threshold(name, self.quantile)
@@ -188,7 +193,7 @@ class FindLesionsd(MapTransform):
         return MetaTensor(RemoveSmallObjects(least, connectivity=3)(lesion)) if lesion.any() else lesion
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        lesion = self.cut(data[self.keys[0]], self.threshold(), data.get("to_atlas"))
+        lesion = self.cut(data[self.keys[0]], self.threshold(contrast=data.get("contrast")), data.get("to_atlas"))
         return {**data, self.output_key: lesion}
 
 
@@ -213,5 +218,7 @@ class IfNeededd(MapTransform):
         self.transform, self.score, self.calibration = transform, score, calibration
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        needed = self.score not in PAPER_SCORES and self.keys[0] in self.calibration.load().needed_maps(self.score)
-        return self.transform(data) if needed else dict(data)
+        if self.score in PAPER_SCORES:
+            return dict(data)
+        needed = self.calibration.load(data.get("contrast")).needed_maps(self.score)
+        return self.transform(data) if self.keys[0] in needed else dict(data)

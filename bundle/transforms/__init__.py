@@ -1,6 +1,7 @@
 from .alignment import AlignToAtlasd
 from .bias import CorrectBiasFieldd
 from .brain import BrainMaskd
+from .contrast import TellContrastd, contrast_likeness
 from .coverage import EXAMINED, NOT_EXAMINED, MarkCoveraged, RestoreCoveraged
 from .intensity import CurvatureFlowd, NormalizeBrainIntensityd, RandCoarseNoised, learn_landmarks
 from .load import CheckLabelsd, IgnoreLabelsd, LoadScand
@@ -44,6 +45,8 @@ __all__ = [
     "ResampleToGrid",
     "ResampleToGridd",
     "RestoreCoveraged",
+    "TellContrastd",
+    "contrast_likeness",
     "fit_normative",
     "learn_landmarks",
     "load_normative",

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 
 from bundle.data.atlas import from_sitk, to_sitk
-from bundle.data.files import model_file, read_json, write_json
+from bundle.data.files import model_file, of_contrast, read_json, write_json
 from bundle.errors import InputError
 
 from .normative import load_normative
@@ -48,7 +48,8 @@ class NormalizeBrainIntensityd(MapTransform):
         highest: upper clip.
         landmarks: JSON file of the landmarks; used if it is there, so that a model that was trained with landmarks
             (they lie beside it) never runs without them.
-        normative: JSON file of the normative map, see `load_normative`; None: percentiles alone.
+        normative: JSON file of the normative map, see `load_normative`; None: percentiles alone. Both files may be of
+            the contrast "auto": then they are those of the item's ``contrast``.
 
     Raises:
         InputError: the brain holds no two different intensities, or values that are not finite; no such normative map.
@@ -70,6 +71,7 @@ class NormalizeBrainIntensityd(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        landmarks, normative = (f and of_contrast(f, d.get("contrast")) for f in (self.landmarks, self.normative))
         # plain tensors: an operation on two MetaTensors would give the image the mask's history
         inside = d[self.mask_key].as_tensor() > 0
         for key in self.key_iterator(d):
@@ -86,10 +88,10 @@ class NormalizeBrainIntensityd(MapTransform):
             if high - low <= 1e-6 * abs(high):
                 raise InputError(f"{name}: the brain has one constant intensity ({low:g}); not an image")
             scaled = (image - low) / (high - low) * (1 - DARKEST_TISSUE) + DARKEST_TISSUE
-            if self.landmarks and Path(self.landmarks).is_file():
-                scaled = standardise(scaled, scaled[inside], *read_landmarks(self.landmarks))
-            elif self.normative:
-                scaled = load_normative(self.normative).match(scaled, inside)
+            if landmarks and Path(landmarks).is_file():
+                scaled = standardise(scaled, scaled[inside], *read_landmarks(landmarks))
+            elif normative:
+                scaled = load_normative(normative).match(scaled, inside)
             scaled = scaled.clamp(LOWEST_BRAIN_INTENSITY, self.highest)
             d[key] = MetaTensor(torch.where(inside, scaled, 0.0)).copy_meta_from(d[key])
         return d

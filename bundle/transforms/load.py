@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from nibabel.openers import ImageOpener
 
-from bundle.data.files import BEST_COMPRESSION, ITK_ENDINGS, MOST_VOXELS, analyze_pair
+from bundle.data.files import AUTO, BEST_COMPRESSION, ITK_ENDINGS, MOST_VOXELS, analyze_pair
 from bundle.data.formats import read_dicom, read_dicom_zip, read_itk
 from bundle.errors import InputError, flag
 
@@ -38,7 +38,7 @@ class LoadScand(MapTransform):
 
     Args:
         keys: paths.
-        contrast: which of several DICOM series is wanted; None takes the item's own ``contrast``.
+        contrast: which of several DICOM series is wanted; None and "auto" take the item's own ``contrast``.
 
     Raises:
         InputError: not a readable volume, not one volume in three dimensions, or a header that cannot be trusted
@@ -47,7 +47,7 @@ class LoadScand(MapTransform):
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, contrast: str | None = None) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.contrast = contrast
+        self.contrast = None if contrast == AUTO else contrast
         self.load = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -63,7 +63,8 @@ class LoadScand(MapTransform):
                 file = str(d[key])
                 if Path(file).is_dir() or file.lower().endswith(".zip"):
                     read = read_dicom if Path(file).is_dir() else read_dicom_zip
-                    d[key] = read(file, self.contrast or d.get("contrast"))
+                    of = self.contrast or d.get("contrast")
+                    d[key] = read(file, None if of == AUTO else of)
                 elif file.lower().endswith(ITK_ENDINGS):
                     d[key] = _check(read_itk(file), file)
                 else:

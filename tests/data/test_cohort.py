@@ -102,6 +102,7 @@ LAYOUTS = {
         [
             *("sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz", "sub-01/ses-2/anat/sub-01_ses-2_acq-x_T1w.nii"),
             *("sub-02/anat/sub-02_T2w.nii.gz", "sub-02/anat/sub-02_FLAIR.nii.gz", "sub-02/func/sub-02_bold.nii.gz"),
+            "derivatives/fmriprep/sub-02/anat/sub-02_T1w.nii.gz",
         ],
         dict.fromkeys([("sub-01_ses-1", "t1"), ("sub-01_ses-2", "t1"), ("sub-02", "t2"), ("sub-02", "flair")], False),
     ),

@@ -164,6 +164,8 @@ def compare(
     _, wrong, _ = ask("scan", "heatmap", contrast=other)
     _, again, _ = ask("scan", "heatmap")
     check("contrasts do not mix", np.abs(wrong - again).max() > 0.5 and np.abs(again - heatmap).max() < 0.05)
+    _, told, result = ask("scan", "heatmap", contrast="auto")
+    check("the contrast is told", result["contrast"] == contrast and np.abs(told - again).max() < 0.05)
     try:
         ask("broken", "lesion")
         check("a broken scan is refused", False)

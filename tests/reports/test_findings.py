@@ -49,8 +49,8 @@ def written(folder, not_examined):
     result = {"lesion_volume_ml": 0.0, "lesions": [], "max_score": 1.0, "mean_score": 1.0, "threshold": 1.0}
     result["not_examined_percent"] = not_examined
     output = {**volumes, "lesion": volumes["image"] * 0, "coverage": meta(coverage, affine), "result": result}
-    calibration = SimpleNamespace(load=lambda: SimpleNamespace(fusion=None))
-    find = SimpleNamespace(calibration=calibration, score="location", threshold=lambda: 1.0)
+    calibration = SimpleNamespace(load=lambda *_: SimpleNamespace(fusion=None))
+    find = SimpleNamespace(calibration=calibration, score="location", threshold=lambda *_: 1.0)
     handler = SaveFindings(str(folder / "out"), find, 1)
     state = SimpleNamespace(batch=[{"name": "a"}], output=[output])
     handler.save(SimpleNamespace(state=state))
@@ -67,7 +67,7 @@ def test_what_was_not_looked_at_is_told_and_marked(tmp_path, monkeypatch, percen
     assert row["status"] == "ok" and row["not_examined_percent"] == text
     assert titles == [f"a: 0 lesions, 0.00 ml{title}"]
     header, line = (tmp_path / "out/summary.csv").read_text().splitlines()
-    assert header == "name,lesion_volume_ml,lesions,max_score,mean_score,not_examined_percent,seconds,status"
+    assert header == "name,contrast,lesion_volume_ml,lesions,max_score,mean_score,not_examined_percent,seconds,status"
     assert f",{text}," in line
     file = nib.load(tmp_path / "out/a/a_coverage.nii.gz")
     assert file.get_data_dtype() == np.uint8

@@ -22,7 +22,7 @@ AFFINE = np.array([[0, 2.0, 0, -7], [-1, 0, 0, 5], [0, 0, 3.0, 1], [0, 0, 0, 1]]
 def finder(threshold=None, quantiles=("0.995", "0.998", "0.9998")):
     stored = {"location": dict(zip(quantiles, (1.0, 2.0, 3.0)))}
     calibration = Calibration("t1", {}, {}, stored, {}, {})
-    file = SimpleNamespace(load=lambda: calibration)
+    file = SimpleNamespace(load=lambda *_: calibration)
     return FindLesionsd("heatmap", "location", file, 0.9998, threshold, min_lesion_mm3=12.0)
 
 

@@ -274,7 +274,7 @@ def test_too_few_scans_and_unknown_contrasts_are_refused(healthy):
 
 
 def test_what_is_unlike_healthy_people_is_flagged(healthy, calibration):
-    file = SimpleNamespace(load=lambda: calibration)
+    file = SimpleNamespace(load=lambda *_: calibration)
     check = CheckLikenessd("image", file, atlas="another")  # tissues are looked for in the default atlas only
     image = healthy[1][0]
     assert "flags" not in check({"image": MetaTensor(image)})
