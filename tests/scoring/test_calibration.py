@@ -191,7 +191,7 @@ def test_the_calibration_says_what_a_score_needs(healthy):
     fusion = Fusion("sum", {"atlas_z": 1.0, "location": 1.0, "reconstruction": 0.0})
     fitted = fit_calibration(channels, images, "t1", 2.0, maps=maps, fusion=fusion)
     assert fitted.needed_maps("fusion") == {"z", "squared_error", "variance", "embedding"}
-    file = SimpleNamespace(load=lambda: fitted)
+    file = SimpleNamespace(load=lambda *_: fitted)
     for name, expected in (("embedding", True), ("reconstruction", False)):
         add = IfNeededd(name, lambda d: {**d, "added": True}, "fusion", file)
         assert ("added" in add({})) == expected

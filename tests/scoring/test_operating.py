@@ -56,7 +56,7 @@ def test_unknown_points_are_told():
 def test_quantile_and_threshold_win_over_the_point():
     points = {"location": {"specific": 3.0, "screening": 1.0}}
     calibration = Calibration("t1", {}, {}, {"location": {"0.99": 2.0}}, {}, {}, points=points)
-    file = SimpleNamespace(load=lambda: calibration)
+    file = SimpleNamespace(load=lambda *_: calibration)
     assert FindLesionsd("heatmap", "location", file).threshold() == 3.0
     assert FindLesionsd("heatmap", "location", file, operating_point="screening").threshold() == 1.0
     assert FindLesionsd("heatmap", "location", file, 0.99, operating_point="screening").threshold() == 2.0
