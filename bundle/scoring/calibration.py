@@ -26,14 +26,12 @@ from bundle.data.datalist import CHAIN
 from bundle.data.files import claim_folder, read_json, write_json
 from bundle.data.population import coarse_affine, coarsen, coarsening, population_maps, read_maps, write_maps
 from bundle.errors import InputError
-from bundle.transforms.normative import MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
+from bundle.transforms.normative import LESION_SIGN, MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
 
 from .anomaly import fill_outside, smooth_inside
 from .fusion import Fusion
 from .paper import PAPER_SCORES, paper_quantiles, paper_score
 
-# sign of the intensity change that most lesions show
-LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # maps that are calibrated; "location" is the sum of the two channels, each calibrated
 MAPS = ("squared_error", "variance", "location", "intensity")
 # scores that need no network: the trivial methods that every table must show, judged without any filter
