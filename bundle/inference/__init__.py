@@ -1,6 +1,7 @@
 from .inferer import AutocastInferer, PatchLocationInferer, WeightsCheckpointLoader
 from .reconstruction import ReconstructionMapd
 from .scans import ScanDataset, ScanEvaluator
+from .segmentation import SegmentationMapd
 
 __all__ = [
     "AutocastInferer",
@@ -8,5 +9,6 @@ __all__ = [
     "ReconstructionMapd",
     "ScanDataset",
     "ScanEvaluator",
+    "SegmentationMapd",
     "WeightsCheckpointLoader",
 ]

@@ -55,7 +55,7 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str
 def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict[str, Any]:
     """What makes the results of a scan: settings, models, atlas and version, as they are kept in ``run.json``."""
     known = calibration.load()
-    hashes = {k: known.provenance.get(k) for k in ("model_sha256", "reconstruction_sha256")}
+    hashes = {k: known.provenance.get(k) for k in ("model_sha256", "reconstruction_sha256", "segmentation_sha256")}
     hashes["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
     if settings.get("atlas") and is_there(settings["atlas"]):
         hashes["atlas_sha256"] = hashlib.sha256(Path(settings["atlas"]).read_bytes()).hexdigest()

@@ -13,6 +13,7 @@ from .calibration import (
     reconstruction_file,
     require_model,
     save_calibration,
+    segmentation_file,
     usual_quantile,
 )
 from .fusion import RULES, Fusion, usual_weights
@@ -42,6 +43,7 @@ __all__ = [
     "require_model",
     "save_calibration",
     "score_of",
+    "segmentation_file",
     "smooth_inside",
     "usual_quantile",
     "usual_weights",

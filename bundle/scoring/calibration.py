@@ -287,10 +287,16 @@ def reconstruction_file(ckpt_dir: str | Path, contrast: str) -> str:
     return str(Path(ckpt_dir) / f"reconstruction_{contrast}.pt")
 
 
-def reconstruction_hash(model_file: str | Path, contrast: str) -> str | None:
-    """SHA-256 of the reconstruction network's weights beside a model; None where there are none."""
-    weights = Path(reconstruction_file(Path(model_file).parent, contrast))
-    return hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else None
+def segmentation_file(ckpt_dir: str | Path, contrast: str) -> str:
+    """The segmentation network's weights of a contrast in a folder."""
+    return str(Path(ckpt_dir) / f"segmentation_{contrast}.pt")
+
+
+def map_hashes(model_file: str | Path, contrast: str) -> dict[str, str | None]:
+    """SHA-256 of the weights of our pixel-wise methods beside a model, by the method's name; None where there are none.
+    """
+    files = {name: Path(model_file).with_name(f"{name}_{contrast}.pt") for name in ("reconstruction", "segmentation")}
+    return {k: hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else None for k, f in files.items()}
 
 
 def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndarray) -> None:
@@ -351,12 +357,11 @@ def load_calibration(
                 f"{path}: made with another model (or landmarks, or normative map) than {model_file}; "
                 "run the calibration again"
             )
-        reconstruction = reconstruction_hash(model_file, content["contrast"])
-        if "reconstruction_mean" in content["maps"] and reconstruction not in (None, about["reconstruction_sha256"]):
-            raise InputError(
-                f"{path}: made with another reconstruction model than lies beside {model_file}; "
-                "run the calibration again"
-            )
+        for name, found in map_hashes(model_file, content["contrast"]).items():
+            if f"{name}_mean" in content["maps"] and found not in (None, about[f"{name}_sha256"]):
+                raise InputError(
+                    f"{path}: made with another {name} model than lies beside {model_file}; run the calibration again"
+                )
         if grid is not None and about["grid"] != dict(grid):
             raise InputError(
                 f"{path}: made on another grid ({about['grid']}) than is configured ({dict(grid)}); "
@@ -461,7 +466,7 @@ class FitCalibration:
             {
                 "chain": CHAIN,
                 "model_sha256": model_hash(self.model_file, self.contrast),
-                "reconstruction_sha256": reconstruction_hash(self.model_file, self.contrast),
+                **{f"{k}_sha256": v for k, v in map_hashes(self.model_file, self.contrast).items()},
                 "grid": self.grid,
                 "smoothing_mm": self.smoothing_mm,
                 "filter_mm": self.filter_mm,

@@ -31,7 +31,7 @@ class Fusion:
 
     Attributes:
         rule: one of `RULES`.
-        weights: name of a score (`bundle.scoring.SCORES`, "reconstruction" or a `fusion_maps` name) -> weight > 0.
+        weights: name of a score (`bundle.scoring.SCORES`, "reconstruction", "segmentation" or a `fusion_maps` name) -> weight > 0.
 
     Raises:
         InputError: an unknown rule, no maps, a map that is no z-score for a rule that needs them, or a weight that is

@@ -109,7 +109,7 @@ class AnomalyHeatmapd(MapTransform):
         keys: KeysCollection,
         score: str,
         calibration: CalibrationFile,
-        extra_maps: Sequence[str] = ("reconstruction",),
+        extra_maps: Sequence[str] = ("reconstruction", "segmentation"),
         image_key: str = "image",
         output_key: str = "heatmap",
     ) -> None:
