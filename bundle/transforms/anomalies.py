@@ -101,10 +101,10 @@ class Anomaliesd(MapTransform):
         label_key: str = "label",
         number: tuple[int, int] = (2, 9),
         diameter: tuple[float, float] = (1.0, 30.0),
-        spreads: tuple[float, float] = (1.0, 8.0),
-        amount: tuple[float, float] = (0.08, 0.8),
+        spreads: tuple[float, float] = (1.5, 8.0),
+        amount: tuple[float, float] = (0.12, 0.8),
         likely_side: float = 0.85,
-        least: float = 0.7,
+        least: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(keys)
@@ -163,7 +163,7 @@ class Anomaliesd(MapTransform):
         texture = rng.rand()
         if texture < 0.4:
             return image + change
-        if texture < 0.8:
+        if texture < 0.9:
             level = float((image * weight).sum()) + change
             grain = ndimage.gaussian_filter(rng.normal(size=image.shape), rng.uniform(0.3, 1.5))
             grain *= rng.uniform(0, 0.1) / max(float(grain.std()), 1e-6)
