@@ -2,6 +2,7 @@ from .embedding import Embedding, EmbeddingMapd, embedding_file, fit_embedding, 
 from .inferer import AutocastInferer, PatchLocationInferer, WeightsCheckpointLoader
 from .reconstruction import ReconstructionMapd
 from .scans import ScanDataset, ScanEvaluator
+from .segmentation import SegmentationMapd
 
 __all__ = [
     "AutocastInferer",
@@ -11,6 +12,7 @@ __all__ = [
     "ReconstructionMapd",
     "ScanDataset",
     "ScanEvaluator",
+    "SegmentationMapd",
     "WeightsCheckpointLoader",
     "embedding_file",
     "fit_embedding",

@@ -45,7 +45,7 @@ class WeightsCheckpointLoader(CheckpointLoader):
 
 class AutocastInferer(SimpleInferer):
     """`SimpleInferer` in bfloat16 autocast, on whatever device the inputs are: MONAI's trainers know it on CUDA only,
-    and scale the loss there, which bfloat16 does not need.
+    and scale the loss there, which bfloat16 does not need. Gives float32, in which losses are summed.
 
     Args:
         enabled: False runs as `SimpleInferer` does.
@@ -59,7 +59,7 @@ class AutocastInferer(SimpleInferer):
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
-            return super().__call__(inputs, network, *args, **kwargs)
+            return super().__call__(inputs, network, *args, **kwargs).float()
 
 
 class PatchLocationInferer(Inferer):

@@ -1,8 +1,9 @@
-"""A pixel-wise method beside the localiser: what a denoising autoencoder, trained on healthy slices, takes away."""
+"""Pixel-wise methods beside the localiser: networks that see slices and give a map of the voxels."""
 
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,23 @@ from bundle.networks import load_weights
 from bundle.scoring import LESION_SIGN
 
 
-class ReconstructionMapd(MapTransform):
-    """Add the residual of a reconstruction, slice by slice: ``image - reconstruction``, signed so that lesions are high
-    (dark on T1w, bright on T2w and FLAIR). Adds nothing where there is no model.
+class SliceMapd(MapTransform):
+    """Base: run a network over the slices that hold brain and add its map. Adds nothing where there is no model.
 
     Args:
         keys: normalised volume ``[1, H, W, D]``, 0 outside the brain (one key).
-        network: from slices ``[B, 1, H, W]`` to slices.
+        network: from slices ``[B, C, H, W]`` to ``[B, 1, H, W]``.
         model_file: its weights, a flat state dict; read when the first scan comes. For the contrast "auto" each
             scan's own (`of_contrast`).
         contrast: of the scan; "auto" takes the item's.
         device: to run on.
-        output_key: where the residual ``[1, H, W, D]`` goes, 0 outside the brain.
+        output_key: where the map ``[1, H, W, D]`` goes, 0 outside the brain.
 
     Raises:
         InputError: weights that cannot be read or are of another network.
     """
+
+    name = ""
 
     def __init__(
         self,
@@ -42,12 +44,20 @@ class ReconstructionMapd(MapTransform):
         model_file: str,
         contrast: str,
         device: torch.device | str = "cpu",
-        output_key: str = "reconstruction",
+        output_key: str = "",
     ) -> None:
         super().__init__(keys)
         self.network, self.model_file, self.device = network, Path(model_file), device
-        self.contrast, self.output_key = contrast, output_key
+        self.contrast, self.output_key = contrast, output_key or self.name
         self._loaded = ""
+
+    @abstractmethod
+    def inputs(self, volume: torch.Tensor, slices: torch.Tensor, contrast: str) -> torch.Tensor:
+        """What the network sees of the slices of those numbers, ``[B, C, H, W]``."""
+
+    def result(self, inputs: torch.Tensor, predicted: torch.Tensor, contrast: str) -> torch.Tensor:
+        """The map of the slices, ``[B, 1, H, W]``: what the network says, unless a subclass makes more of it."""
+        return predicted
 
     @torch.no_grad()
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -62,17 +72,29 @@ class ReconstructionMapd(MapTransform):
             self._loaded = model_file
         image = d[self.keys[0]]
         volume = image.as_tensor().cpu().float()
-        filled = torch.nonzero((volume[0] > 0).any(0).any(0))[:, 0]
-        residual = torch.zeros_like(volume)
-        for slices in filled.split(16):
-            batch = volume[..., slices].permute(3, 0, 1, 2)
+        found = torch.zeros_like(volume)
+        for slices in torch.nonzero((volume[0] > 0).any(0).any(0))[:, 0].split(16):
+            batch = self.inputs(volume, slices, contrast)
             try:
-                pred = self.network(batch.to(self.device))
+                predicted = self.network(batch.to(self.device))
             except torch.cuda.OutOfMemoryError:
-                warnings.warn("GPU memory exhausted: the reconstruction goes on on the CPU, which takes longer")
+                warnings.warn(f"GPU memory exhausted: the {self.name} goes on on the CPU, which takes longer")
                 self.device = "cpu"
-                pred = self.network.cpu()(batch)
-            residual[..., slices] = (batch - pred.float().cpu()).permute(1, 2, 3, 0)
-        residual *= LESION_SIGN[contrast] * (volume > 0)
-        d[self.output_key] = MetaTensor(residual).copy_meta_from(image)
+                predicted = self.network.cpu()(batch)
+            found[..., slices] = self.result(batch, predicted.float().cpu(), contrast).permute(1, 2, 3, 0)
+        d[self.output_key] = MetaTensor(found * (volume > 0)).copy_meta_from(image)
         return d
+
+
+class ReconstructionMapd(SliceMapd):
+    """Add what a denoising autoencoder, trained on healthy slices, takes away: ``image - reconstruction``, signed so
+    that lesions are high (dark on T1w, bright on T2w and FLAIR). See `SliceMapd`.
+    """
+
+    name = "reconstruction"
+
+    def inputs(self, volume: torch.Tensor, slices: torch.Tensor, contrast: str) -> torch.Tensor:
+        return volume[..., slices].permute(3, 0, 1, 2)
+
+    def result(self, inputs: torch.Tensor, predicted: torch.Tensor, contrast: str) -> torch.Tensor:
+        return LESION_SIGN[contrast] * (inputs - predicted)

@@ -24,7 +24,9 @@ def write_torch(path: str | Path, content: Any) -> None:
         temporary.write_bytes(buffer.getvalue())
 
 
-def save_weights(network: nn.Module, path: str | Path, about: Mapping[str, Any] | None = None) -> None:
+def save_weights(
+    network: nn.Module, path: str | Path, about: Mapping[str, Any] | None = None, half: bool = False
+) -> None:
     """Write a network's weights: a flat state dict, as MONAI expects it, with facts in the metadata that torch keeps
     beside every state dict.
 
@@ -32,9 +34,11 @@ def save_weights(network: nn.Module, path: str | Path, about: Mapping[str, Any] 
         network: whose.
         path: of the file.
         about: facts of plain numbers and text, such as the contrast; the version of the chain comes to them.
+        half: parameters of 16 bit instead of 32; not the buffers, since a batch norm's variance can be beyond 16 bit.
     """
     weights = network.state_dict()
-    flat = OrderedDict((name, value.cpu()) for name, value in weights.items())
+    halved = {name for name, _ in network.named_parameters()} if half else set()
+    flat = OrderedDict((k, value.cpu().half() if k in halved else value.cpu()) for k, value in weights.items())
     known = dict(getattr(weights, "_metadata", {}))
     known[""] = {**known.get("", {}), **(about or {}), "chain": CHAIN}
     flat._metadata = known  # type: ignore[attr-defined]

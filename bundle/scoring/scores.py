@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from bundle.errors import InputError
-from bundle.transforms.normative import NormativeMap
+from bundle.transforms.normative import LESION_SIGN, NormativeMap
 
 from .anomaly import fill_outside, smooth_inside
 from .fusion import Fusion
 from .paper import PAPER_SCORES, paper_score
 
-# sign of the intensity change that most lesions show
-LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # Sigma of the Gaussian that each map passes first, mm: what single patches add by chance averages out over 3 mm, as a
 # patch of 16 mm is no sharper; voxel-wise maps lose small lesions to it (docs/results.md). Other maps pass `OTHER_MM`.
 FILTER_MM = {

@@ -111,7 +111,7 @@ class AnomalyHeatmapd(MapTransform):
         keys: KeysCollection,
         score: str,
         calibration: CalibrationFile,
-        extra_maps: Sequence[str] = ("reconstruction",),
+        extra_maps: Sequence[str] = (),
         image_key: str = "image",
         output_key: str = "heatmap",
     ) -> None:

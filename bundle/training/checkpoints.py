@@ -110,6 +110,7 @@ class TrainingCheckpoints:
         resume: "" starts anew; "auto" goes on from the newest checkpoint that can be read, if there is one; else the
             checkpoint's path.
         keep: number of checkpoints.
+        half: the model file's weights have 16 bit; checkpoints keep 32.
 
     Raises:
         InputError: a checkpoint that cannot be read, of another network, or of more epochs than are asked for; an
@@ -127,13 +128,14 @@ class TrainingCheckpoints:
         about: Mapping[str, str] | None = None,
         resume: str = "",
         keep: int = 3,
+        half: bool = False,
     ) -> None:
         if interval < 1:
             raise InputError(f"val_interval {interval}: validate every epoch (1) or more rarely")
         self.folder, self.model_file, self.state = Path(folder), Path(model_file), dict(state)
         self.validator, self.interval, self.keep = validator, interval, keep
         self.random, self.about, self.resume = RandomStates(transforms), dict(about or {}), str(resume or "")
-        self._validated = 0
+        self.half, self._validated = half, 0
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -226,7 +228,7 @@ class TrainingCheckpoints:
     def keep_best(self, validator: Any) -> None:
         self._validated = validator.state.epoch
         if is_main() and validator.state.best_metric_epoch == validator.state.epoch:
-            save_weights(_unwrapped(self.state["network"]), self.model_file, self.about)
+            save_weights(_unwrapped(self.state["network"]), self.model_file, self.about, self.half)
 
     def save(self, engine: Engine) -> None:
         if not is_main():

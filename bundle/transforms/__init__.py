@@ -1,27 +1,34 @@
 from .alignment import AlignToAtlasd
+from .anomalies import Anomaliesd, RandAnomaliesd
 from .bias import CorrectBiasFieldd
 from .brain import BrainMaskd
 from .contrast import TellContrastd, contrast_likeness
 from .coverage import EXAMINED, NOT_EXAMINED, MarkCoveraged, RestoreCoveraged
 from .intensity import CurvatureFlowd, NormalizeBrainIntensityd, RandCoarseNoised, learn_landmarks
 from .load import CheckLabelsd, IgnoreLabelsd, LoadScand
-from .normative import NormativeMap, fit_normative, load_normative, normative_file
+from .normative import LESION_SIGN, NormativeMap, fit_normative, load_normative, normative_file
 from .outside import FillOutsided, MaskOutsided
 from .recovery import RecoverBraind
 from .sampling import (
+    AxialSlabsd,
     AxialSlicesd,
     CollateRandCentres,
     DenseLocationsd,
     FindBrainSlicesd,
+    RandAxialSlabsd,
     RandAxialSlicesd,
     RandPatchesd,
+    normative_slabs,
 )
 from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
 
 __all__ = [
     "EXAMINED",
+    "LESION_SIGN",
     "NOT_EXAMINED",
     "AlignToAtlasd",
+    "Anomaliesd",
+    "AxialSlabsd",
     "AxialSlicesd",
     "BrainMaskd",
     "CheckLabelsd",
@@ -38,6 +45,8 @@ __all__ = [
     "MaskOutsided",
     "NormalizeBrainIntensityd",
     "NormativeMap",
+    "RandAnomaliesd",
+    "RandAxialSlabsd",
     "RandAxialSlicesd",
     "RandCoarseNoised",
     "RandPatchesd",
@@ -51,4 +60,5 @@ __all__ = [
     "learn_landmarks",
     "load_normative",
     "normative_file",
+    "normative_slabs",
 ]

@@ -182,15 +182,15 @@ class CurvatureFlowd(MapTransform):
 
 
 class RandCoarseNoised(MapTransform, Randomizable):
-    """Add smooth random blobs to the brain of a slice: what a denoising autoencoder learns to take away, as it later
-    does with lesions (Kascenas et al. 2022, "Denoising autoencoders for unsupervised anomaly detection in brain MRI").
+    """Add smooth random blobs to the brain of a slice or volume: what a denoising autoencoder learns to take away, as it
+    later does with lesions (Kascenas et al. 2022, "Denoising autoencoders for unsupervised anomaly detection in brain MRI").
 
-    Normal noise on a coarse lattice, shifted at random and interpolated bilinearly.
+    Normal noise on a coarse lattice, shifted at random and interpolated linearly.
 
     Args:
-        keys: slices ``[1, H, W]``, 0 outside the brain; brain voxels stay at least 0.001.
+        keys: slices ``[1, H, W]`` or volumes ``[1, H, W, D]``, 0 outside the brain; brain voxels stay at least 0.001.
         std: of the noise on the lattice, intensities.
-        cell: width of the lattice's cells, voxels.
+        cell: width of the lattice's cells, voxels; 1 for noise of the single voxel.
     """
 
     def __init__(self, keys: KeysCollection, std: float = 0.2, cell: int = 8) -> None:
@@ -201,10 +201,12 @@ class RandCoarseNoised(MapTransform, Randomizable):
         d = dict(data)
         for key in self.key_iterator(d):
             image = d[key]
-            size = image.shape[-2:]
+            size, mode = image.shape[1:], "bilinear" if image.ndim == 3 else "trilinear"
             lattice = torch.as_tensor(self.R.normal(0, self.std, [n // self.cell + 3 for n in size])).to(image)
-            noise = F.interpolate(lattice[None, None], scale_factor=self.cell, mode="bilinear", align_corners=False)
-            rows, cols = (int(v) for v in self.R.randint(self.cell, 2 * self.cell, 2))
-            noise = noise[0, :, rows : rows + size[0], cols : cols + size[1]]
+            noise = F.interpolate(lattice[None, None], scale_factor=self.cell, mode=mode, align_corners=False)
+            starts = self.R.randint(self.cell, 2 * self.cell, len(size))
+            noise = noise[0]
+            for axis, (start, n) in enumerate(zip(starts, size), start=1):
+                noise = noise.narrow(axis, int(start), n)
             d[key] = torch.where(image > 0, (image + noise).clamp(min=0.001), image)
         return d

@@ -23,6 +23,8 @@ from bundle.data.population import coarse_affine, coarsen, coarsening, populatio
 from bundle.errors import InputError
 from bundle.parallel import is_main
 
+# sign of the intensity change that most lesions show
+LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # smoothing of mean and spread: more spreads cortex over white matter (docs/results.md)
 MEAN_MM, SPREAD_MM = 1.0, 1.6
 # voxels within so many spreads of what is expected at their place are taken for healthy, and their quantiles matched
@@ -58,6 +60,13 @@ class NormativeMap:
         maps = torch.stack([self.mean, self.spread, self.share])
         mean, spread, share = F.interpolate(maps, tuple(shape), mode="trilinear", align_corners=False)
         return mean, spread, share
+
+    def z(self, image: torch.Tensor, contrast: str) -> torch.Tensor:
+        """Healthy spreads by which each voxel of ``[1, H, W, D]`` lies to the lesions' side of its place's mean; 0
+        outside the brain.
+        """
+        mean, spread, _ = (m.to(image) for m in self.on(image.shape[1:]))
+        return LESION_SIGN[contrast] * (image - mean) / spread * (image > 0)
 
     def match(self, image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.

@@ -7,7 +7,7 @@ Slice ``k`` of ``D`` has the slice position ``(k + 0.5) / D``. Rows run left to 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
 
 from bundle.data import collate_samples
+
+from .normative import NormativeMap, load_normative
 
 
 def slice_position(index: Any, depth: int) -> Any:
@@ -92,6 +94,78 @@ class RandAxialSlicesd(AxialSlicesd, Randomizable):
 
     def choose(self, candidates: torch.Tensor) -> torch.Tensor:
         return candidates[torch.as_tensor(self.R.randint(0, len(candidates), self.num_slices))]
+
+
+def slabs(volumes: Sequence[torch.Tensor], slices: torch.Tensor, neighbours: int) -> torch.Tensor:
+    """Axial slices with those below and above them as channels, ``[B, len(volumes) * (2 * neighbours + 1), H, W]``:
+    all of the first volume ``[1, H, W, D]``, then all of the next; 0 beyond the ends.
+    """
+    offsets = torch.arange(-neighbours, neighbours + 1)
+    wanted = (slices.cpu()[:, None] + offsets + neighbours).flatten()
+    found = []
+    for volume in volumes:
+        padded = F.pad(volume[0], (neighbours, neighbours))[..., wanted.to(volume.device)]
+        found.append(padded.permute(2, 0, 1).unflatten(0, (len(slices), len(offsets))))
+    return torch.cat(found, 1)
+
+
+def normative_slabs(
+    volume: torch.Tensor, normative: NormativeMap, contrast: str, slices: torch.Tensor, neighbours: int
+) -> torch.Tensor:
+    """`slabs` of the intensity and of its z-score (`NormativeMap.z`), bounded to [-4, 10] and divided by 4."""
+    return slabs([volume, normative.z(volume, contrast).clamp(-4, 10) / 4], slices, neighbours)
+
+
+class AxialSlabsd(MapTransform):
+    """Take axial slices with their neighbours, intensity and z-score as channels (`normative_slabs`): one dictionary
+    per slice, ``image`` ``[2 * (2 * neighbours + 1), H, W]`` and ``label`` ``[1, H, W]`` of the slice itself.
+
+    Args:
+        keys: the volume ``[1, H, W, D]``, with ``brain_slices`` beside it (`FindBrainSlicesd`).
+        contrast: of the scan.
+        normative: JSON file of the normative map; read when the first volume comes.
+        num_slices: how many, evenly spread over those that hold brain.
+        neighbours: on each side.
+        label_key: the mask ``[1, H, W, D]``.
+    """
+
+    def __init__(
+        self,
+        keys: str = "image",
+        contrast: str = "t1",
+        normative: str = "",
+        num_slices: int = 1,
+        neighbours: int = 2,
+        label_key: str = "label",
+    ) -> None:
+        super().__init__(keys)
+        self.contrast, self.normative, self.label_key = contrast, normative, label_key
+        self.num_slices, self.neighbours = num_slices, neighbours
+
+    def choose(self, candidates: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """Pick ``num_slices`` of the slice indices ``candidates``; ``label`` is ``[1, H, W, D]``."""
+        return candidates[torch.linspace(0, len(candidates) - 1, self.num_slices).round().long()]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> list[dict[Hashable, Any]]:
+        volume, label = (
+            v.as_tensor() if isinstance(v, MetaTensor) else v for v in (data[self.keys[0]], data[self.label_key])
+        )
+        chosen = self.choose(data["brain_slices"], label)
+        images = normative_slabs(volume, load_normative(self.normative), self.contrast, chosen, self.neighbours)
+        return [
+            {self.keys[0]: image, self.label_key: label[..., k], **_name(data)}
+            for image, k in zip(images, chosen.tolist())
+        ]
+
+
+class RandAxialSlabsd(AxialSlabsd, Randomizable):
+    """Slabs at random (with replacement): every second one, if there are any, with something marked in its slice."""
+
+    def choose(self, candidates: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        marked = torch.nonzero(label[0].any(0).any(0).cpu())[:, 0]
+        pools = [candidates, marked if len(marked) else candidates]
+        drawn = [pools[i % 2][self.R.randint(0, len(pools[i % 2]))] for i in range(self.num_slices)]
+        return torch.stack(drawn)
 
 
 class RandPatchesd(MapTransform, Randomizable):

@@ -1,0 +1,181 @@
+"""Made-up anomalies in healthy volumes, for a network that learns to mark what does not belong there.
+
+The idea is that of foreign patches (Tan et al. 2020, arXiv 2011.04197) and of DRAEM (Zavrtanik et al. 2021,
+arXiv 2108.07610). Shapes and brightness have nothing to do with those of the test benches
+(`bundle.data.planting`): no lesion is known here.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Randomizable
+from scipy import ndimage
+
+from .intensity import LOWEST_BRAIN_INTENSITY
+from .normative import LESION_SIGN, load_normative
+
+_BORDER = 2  # voxels around a shape for its soft border
+
+
+def _log_uniform(rng: np.random.RandomState, low: float, high: float) -> float:
+    return float(np.exp(rng.uniform(np.log(low), np.log(max(low, high)))))
+
+
+def _direction(rng: np.random.RandomState) -> np.ndarray:
+    vector = rng.normal(size=3)
+    return vector / max(float(np.linalg.norm(vector)), 1e-6)
+
+
+def random_shape(diameter: float, rng: np.random.RandomState) -> np.ndarray:
+    """A smooth shape of random form: balls along a random walk that melt into each other, flattened in a random
+    direction, with a wavy and more or less soft border.
+
+    Args:
+        diameter: of the shape at its longest, voxels.
+        rng: draws all of it.
+
+    Returns:
+        share of each voxel that is the shape's, ``[n, n, n]`` in [0, 1], the shape around the middle; n is odd.
+    """
+    centres, radii = [np.zeros(3)], [1.0]
+    for _ in range(rng.randint(0, 5)):
+        centres.append(centres[-1] + _direction(rng) * radii[-1] * rng.uniform(0.5, 1.1))
+        radii.append(rng.uniform(0.4, 1.0))
+    balls, radius = np.array(centres), np.array(radii)
+    balls = balls - (balls * radius[:, None]).sum(0) / radius.sum()
+    shrink = diameter / 2 / (np.linalg.norm(balls, axis=1) + radius).max()
+    balls, radius = balls * shrink, radius * shrink
+    half = int(np.ceil(diameter / 2)) + _BORDER
+    axis = np.arange(-half, half + 1, dtype=np.float32)
+    grid = [g - rng.uniform(-0.5, 0.5) for g in np.meshgrid(axis, axis, axis, indexing="ij", sparse=True)]
+    # a stretch of the space along one direction flattens the shape there
+    normal, stretch = _direction(rng), rng.uniform(0, 1.5)
+    along = sum(n * g for n, g in zip(normal, grid))
+    depth = 0.0  # about the distance to the border, in radii: above 0 inside
+    for centre, r in zip(balls, radius):
+        squares = sum((g - c) ** 2 for g, c in zip(grid, centre))
+        squares = squares + (stretch**2 + 2 * stretch) * (along - normal @ centre) ** 2
+        depth = depth + np.exp(4 * (1 - np.sqrt(squares) / r))
+    depth = np.log(depth) / 4
+    cells = max(2, round(diameter / _log_uniform(rng, 2.0, 8.0)))
+    waves = ndimage.zoom(rng.normal(size=(cells,) * 3), depth.shape[0] / cells, order=1, grid_mode=True, mode="nearest")
+    depth = depth + rng.uniform(0, 0.35) * waves
+    softness = _log_uniform(rng, 0.15, max(0.4, diameter / 8))
+    mean_radius = float(radius.mean())
+    return 1 / (1 + np.exp(-np.clip(depth * mean_radius / softness, -30, 30)))
+
+
+class Anomaliesd(MapTransform):
+    """Put made-up anomalies into a healthy volume, the same ones into the same person's scan each time, and mark them.
+
+    Their sizes are log-uniform, their centres anywhere in the brain. They are brighter or darker than what was there:
+    mostly to the side to which lesions are in this contrast, by some healthy spreads of their place or by an absolute
+    amount. The texture is the tissue's own, that of even matter, or that of another place of the same brain.
+
+    Args:
+        keys: normalised volume ``[1, H, W, D]``, 0 outside the brain (one key).
+        contrast: "t1", "t2" or "flair"; tells the side.
+        normative: JSON file of the normative map; read when the first volume comes.
+        label_key: where the mask ``[1, H, W, D]`` (0 and 1) goes: voxels that are anomaly at least by half and are
+            changed by at least ``least`` healthy spreads, since what nobody can see is not to be learned.
+        number: fewest and most anomalies.
+        diameter: smallest and largest, voxels.
+        spreads, amount: least and largest change, in healthy spreads and in intensities; either is drawn.
+        likely_side: share of the anomalies that are changed to the lesions' side.
+        least: see ``label_key``.
+        seed: of the draws, beside the name of the file.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        contrast: str,
+        normative: str,
+        label_key: str = "label",
+        number: tuple[int, int] = (2, 9),
+        diameter: tuple[float, float] = (1.0, 30.0),
+        spreads: tuple[float, float] = (1.5, 8.0),
+        amount: tuple[float, float] = (0.12, 0.8),
+        likely_side: float = 0.85,
+        least: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(keys)
+        self.sign, self.normative, self.label_key = LESION_SIGN[contrast], normative, label_key
+        self.number, self.diameter, self.spreads, self.amount = number, diameter, spreads, amount
+        self.likely_side, self.least, self.seed = likely_side, least, seed
+
+    def generator(self, data: Mapping[Hashable, Any]) -> np.random.RandomState:
+        """What the anomalies of this volume are drawn from."""
+        return np.random.RandomState([self.seed, zlib.crc32(str(data.get("name", "")).encode())])
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d, rng = dict(data), self.generator(data)
+        given = d[self.keys[0]]
+        image = np.array(torch.as_tensor(given)[0].cpu(), np.float32)
+        healthy = image.copy()
+        spread = load_normative(self.normative).on(image.shape)[1][0].numpy()
+        label = np.zeros(image.shape, bool)
+        brain = np.flatnonzero(image)
+        for _ in range(rng.randint(self.number[0], self.number[1] + 1) if len(brain) else 0):
+            shape = random_shape(_log_uniform(rng, *self.diameter), rng)
+            centre = np.array(np.unravel_index(brain[rng.randint(len(brain))], image.shape))
+            first = centre - len(shape) // 2
+            low, high = np.maximum(first, 0), np.minimum(first + len(shape), image.shape)
+            box = tuple(slice(a, b) for a, b in zip(low, high))
+            soft = shape[tuple(slice(a, b) for a, b in zip(low - first, high - first))] * (image[box] > 0)
+            if soft.max() < 0.5:
+                continue
+            there = np.clip(
+                self._target(healthy, image[box], soft, spread[box], low, rng), LOWEST_BRAIN_INTENSITY, None
+            )
+            image[box] += (soft * (there - image[box])).astype(np.float32)
+            change = np.abs(image[box] - healthy[box])
+            # of foreign texture, some voxels happen to be as they were
+            seen = np.maximum(change, ndimage.uniform_filter(change, 3)) > self.least * spread[box]
+            label[box] |= (soft >= 0.5) & seen
+        for key, values in ((self.keys[0], image), (self.label_key, label.astype(np.float32))):
+            tensor = torch.as_tensor(values)[None].to(given.device)
+            d[key] = MetaTensor(tensor).copy_meta_from(given) if isinstance(given, MetaTensor) else tensor
+        return d
+
+    def _target(
+        self,
+        healthy: np.ndarray,
+        image: np.ndarray,
+        soft: np.ndarray,
+        spread: np.ndarray,
+        low: np.ndarray,
+        rng: np.random.RandomState,
+    ) -> np.ndarray:
+        """What the anomaly looks like, in a box of the volume that starts at ``low``."""
+        weight = soft / soft.sum()
+        side = self.sign if rng.rand() < self.likely_side else -self.sign
+        in_spreads = _log_uniform(rng, *self.spreads) * float((spread * weight).sum())
+        change = side * (in_spreads if rng.rand() < 0.5 else _log_uniform(rng, *self.amount))
+        texture = rng.rand()
+        if texture < 0.4:
+            return image + change
+        if texture < 0.9:
+            level = float((image * weight).sum()) + change
+            grain = ndimage.gaussian_filter(rng.normal(size=image.shape), rng.uniform(0.3, 1.5))
+            grain *= rng.uniform(0, 0.1) / max(float(grain.std()), 1e-6)
+            return level + grain + rng.choice([0.0, rng.rand()]) * (image - level + change)
+        start = [rng.randint(0, whole - part + 1) for whole, part in zip(healthy.shape, image.shape)]
+        foreign = healthy[tuple(slice(a, a + n) for a, n in zip(start, image.shape))]
+        foreign = np.flip(foreign, tuple(axis for axis in range(3) if rng.rand() < 0.5))
+        return np.where(foreign > 0, foreign + rng.choice([0.0, 0.5]) * change, image + change)
+
+
+class RandAnomaliesd(Anomaliesd, Randomizable):
+    """Other anomalies each time, from the transform's own random state instead of ``seed`` and name."""
+
+    def generator(self, data: Mapping[Hashable, Any]) -> np.random.RandomState:
+        return self.R
