@@ -40,6 +40,7 @@ _MEAN_EDGE_MM, _MEAN_MM, _COVARIANCE_EDGE_MM, _COVARIANCE_MM = 4.0, 4.0, 12.0, 1
 _SHRINKAGE, _PRIOR_VOXELS = 0.05, 5.0
 # patches of each of the first scans that the components are found from
 _PATCHES, _FIRST_SCANS = 5000, 8
+_FEWEST = 3  # scans that a covariance is found from
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def fit_embedding(
     device: torch.device | str = "cpu",
 ) -> None:
     """Fit an `Embedding` to healthy scans, one after the other, and write it, unless that of the same scans and model
-    lies there already. Does nothing for a network without ``embed``.
+    lies there already. Does nothing for a network without ``embed``, or with fewer than three scans.
 
     Args:
         dataset: ``image`` ``[1, H, W, D]``, normalised: of other people than those of the calibration.
@@ -224,13 +225,14 @@ def fit_embedding(
         device: of the network.
 
     Raises:
-        InputError: fewer than three scans, or no model.
+        InputError: there is no model.
     """
     require_model(model_file)
     if not hasattr(network, "embed"):
         return
-    if len(dataset) < 3:
-        raise InputError(f"{path}: the embedding needs at least 3 healthy scans, got {len(dataset)}")
+    if len(dataset) < _FEWEST:
+        print(f"no embedding: it needs at least {_FEWEST} healthy scans, got {len(dataset)}", flush=True)
+        return
     claim_folder(Path(path).parent)
     listed = [str(item.get("image")) for item in getattr(dataset, "data", [])]
     made_from = hashlib.sha256(json.dumps([model_hash(model_file, contrast), dict(grid), listed]).encode()).hexdigest()

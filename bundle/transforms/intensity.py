@@ -182,8 +182,9 @@ class CurvatureFlowd(MapTransform):
 
 
 class RandCoarseNoised(MapTransform, Randomizable):
-    """Add smooth random blobs to the brain of a slice or volume: what a denoising autoencoder learns to take away, as it
-    later does with lesions (Kascenas et al. 2022, "Denoising autoencoders for unsupervised anomaly detection in brain MRI").
+    """Add smooth random blobs to the brain of a slice or volume: what a denoising autoencoder learns to take away, as
+    it later does with lesions (Kascenas et al. 2022, "Denoising autoencoders for unsupervised anomaly detection in
+    brain MRI").
 
     Normal noise on a coarse lattice, shifted at random and interpolated linearly.
 

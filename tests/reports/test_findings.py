@@ -50,7 +50,7 @@ def written(folder, not_examined):
     result["not_examined_percent"] = not_examined
     output = {**volumes, "lesion": volumes["image"] * 0, "coverage": meta(coverage, affine), "result": result}
     calibration = SimpleNamespace(load=lambda *_: SimpleNamespace(fusion=None))
-    find = SimpleNamespace(calibration=calibration, score="location", threshold=lambda *_: 1.0)
+    find = SimpleNamespace(calibration=calibration, score="location", threshold=lambda **_: 1.0)
     handler = SaveFindings(str(folder / "out"), find, 1)
     state = SimpleNamespace(batch=[{"name": "a"}], output=[output])
     handler.save(SimpleNamespace(state=state))
