@@ -434,7 +434,10 @@ def fused(models, cohort, grid_file, tmp_path_factory):
     use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
     out = succeed("training", "train_reconstruction", grid_file, *use, "--max_epochs", 2)
     assert "reconstruction_error" in out
-    fusion = ("--fusion_weights", "{'location': 1, 'reconstruction': 1, 'embedding': 0, 'theirs': 0.5}")
+    out = succeed("training", "train_segmentation", grid_file, *use, "--max_epochs", 1)
+    assert "average_precision" in out
+    weights = "{'location': 1, 'reconstruction': 1, 'segmentation': 0.5, 'embedding': 0, 'theirs': 0.5}"
+    fusion = ("--fusion_weights", weights)
     fusion += ("--fusion_maps", str({"theirs": str(maps)}))
     told = succeed("calibration", "calibrate", grid_file, *use, *fusion, "--with_embedding", "True")
     assert "embedding: 6 of 6 healthy scans" in told and "thresholds: specific" in told
@@ -457,7 +460,7 @@ def test_fusion_of_our_maps_and_others(fused, cohort, grid_file, tmp_path):
     assert "[4/4] healthy" in out
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert list(metrics["methods"]) == [
-        *("fusion", "location", "reconstruction", "theirs", "embedding"),
+        *("fusion", "location", "reconstruction", "segmentation", "theirs", "embedding"),
         *("atlas_z", "intensity", "intensity_opposite"),
         "all_positive",
     ]
@@ -465,7 +468,7 @@ def test_fusion_of_our_maps_and_others(fused, cohort, grid_file, tmp_path):
     assert metrics["tuning_cases"] == 1 and metrics["healthy_cases"] == 2
     assert 0 <= case["fusion"]["dice_tuned"] <= case["fusion"]["dice_best"]
     assert metrics["methods"]["fusion"]["healthy"]["scans"] == 2
-    assert metrics["settings"]["fusion"] == "sum of 1 location, 1 reconstruction, 0.5 theirs"
+    assert metrics["settings"]["fusion"] == "sum of 1 location, 1 reconstruction, 0.5 segmentation, 0.5 theirs"
     # inference takes the fusion that the calibration holds
     use = ("--ckpt_dir", folder, *fusion[2:])
     succeed("inference", "inference", grid_file, *use, "--dataset_dir", data, "--output_dir", tmp_path / "scans")
@@ -479,7 +482,10 @@ def test_fusion_of_our_maps_and_others(fused, cohort, grid_file, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--fusion_rule", "product"], "no threshold of the fusion 'product of 1 location, 1 reconstruction"),
+        (
+            ["--fusion_rule", "product"],
+            "no threshold of the fusion 'product of 1 location, 1 reconstruction, 0.5 segmentation",
+        ),
         (["--fusion_rule", "average"], "fusion_rule 'average' is unknown"),
         (["--fusion_maps", "{'theirs': 'nowhere'}"], "its map 'theirs' is not there (nowhere/"),
         (["--fusion_weights", "{'location': 1, 'magic': 1}", "--threshold", "2"], "no map 'magic' in the calibration"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
@@ -17,6 +18,8 @@ from torch import nn
 from bundle.data.files import AUTO, of_contrast
 from bundle.networks import load_weights
 from bundle.scoring import LESION_SIGN
+
+_DIVISIBLE = 16  # slices are padded to a multiple of it: networks halve them up to four times
 
 
 class SliceMapd(MapTransform):
@@ -75,13 +78,17 @@ class SliceMapd(MapTransform):
         found = torch.zeros_like(volume)
         for slices in torch.nonzero((volume[0] > 0).any(0).any(0))[:, 0].split(16):
             batch = self.inputs(volume, slices, contrast)
+            height, width = batch.shape[2:]
+            padded = F.pad(batch, (0, -width % _DIVISIBLE, 0, -height % _DIVISIBLE))
             try:
-                predicted = self.network(batch.to(self.device))
+                predicted = self.network(padded.to(self.device))
             except torch.cuda.OutOfMemoryError:
                 warnings.warn(f"GPU memory exhausted: the {self.name} goes on on the CPU, which takes longer")
                 self.device = "cpu"
-                predicted = self.network.cpu()(batch)
-            found[..., slices] = self.result(batch, predicted.float().cpu(), contrast).permute(1, 2, 3, 0)
+                predicted = self.network.cpu()(padded)
+            found[..., slices] = self.result(batch, predicted[..., :height, :width].float().cpu(), contrast).permute(
+                1, 2, 3, 0
+            )
         d[self.output_key] = MetaTensor(found * (volume > 0)).copy_meta_from(image)
         return d
 

@@ -6,12 +6,16 @@ from monai.transforms import ConcatItemsd
 from bundle.losses import BetaNLLLoss
 from bundle.networks import PatchLocator, ResNetPatchLocator
 from bundle.transforms import (
+    AxialSlabsd,
     AxialSlicesd,
     CollateRandCentres,
     DenseLocationsd,
     FindBrainSlicesd,
+    RandAxialSlabsd,
     RandAxialSlicesd,
     RandPatchesd,
+    fit_normative,
+    load_normative,
 )
 from tests.conftest import ellipsoid, meta
 
@@ -139,3 +143,42 @@ def test_dense_and_patch_training_agree_on_the_same_patches(volume):
     torch.testing.assert_close(alone, value)
     for p, g in zip(network.parameters(), gradients):
         torch.testing.assert_close(p.grad, g, atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def normative(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "normative_flair.json"
+    people = [{"image": meta(ellipsoid(SLABS, (5, 5, 4)) * (1 + 0.1 * np.random.rand(*SLABS)))} for _ in range(3)]
+    fit_normative(people, path, "flair", {"spacing": 4.0, "spatial_size": list(SLABS), "center": [0, 0, 0]})
+    return str(path)
+
+
+SLABS = (14, 14, 10)
+
+
+def test_slabs_are_slices_with_their_neighbours_and_z_scores(normative):
+    image = meta(ellipsoid(SLABS, (5, 5, 4)) * np.random.rand(*SLABS))
+    label = meta(np.random.rand(*SLABS) > 0.5)
+    item = {**FindBrainSlicesd()({"image": image}), "label": label, "name": "a"}
+    maps = load_normative(normative)
+    values = image[0].numpy()
+    z = np.clip((values - maps.mean[0].numpy()) / maps.spread[0].numpy() * (values > 0), -4, 10) / 4
+    padded = [np.pad(v, ((0, 0), (0, 0), (2, 2))) for v in (values, z)]
+    out = AxialSlabsd(contrast="flair", normative=normative, num_slices=3)(item)
+    listed = item["brain_slices"].tolist()
+    chosen = [listed[0], listed[round((len(listed) - 1) / 2)], listed[-1]]
+    for sample, k in zip(out, chosen, strict=True):
+        expected = [v[..., k + offset] for v in padded for offset in range(5)]
+        np.testing.assert_allclose(sample["image"].numpy(), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(sample["label"][0].numpy(), label[0, ..., k].numpy())
+        assert sample["name"] == "a"
+
+
+def test_every_second_random_slab_holds_something_marked(normative):
+    image, label = meta(ellipsoid(SLABS, (5, 5, 4))), np.zeros(SLABS)
+    label[7, 7, 6] = 1
+    draw = RandAxialSlabsd(contrast="flair", normative=normative, num_slices=8)
+    item = FindBrainSlicesd()({"image": image})
+    found = [bool(s["label"].any()) for s in draw({**item, "label": meta(label)})]
+    assert all(found[1::2])
+    assert not any(bool(s["label"].any()) for s in draw({**item, "label": meta(0 * label)}))  # healthy all over

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from bundle.transforms import Anomaliesd, NormalizeBrainIntensityd, RandAnomaliesd, fit_normative
+from bundle.transforms.anomalies import random_shape
+from tests.conftest import ellipsoid, meta
+
+SHAPE = (24, 28, 20)
+GRID = {"spacing": 4.0, "spatial_size": list(SHAPE), "center": [0, 0, 0]}
+BRAIN = ellipsoid(SHAPE, (11, 13, 9))
+
+
+def scan(seed=0):
+    return meta(BRAIN * (0.5 + np.random.RandomState(seed).normal(0, 0.03, SHAPE)))
+
+
+@pytest.fixture(scope="module")
+def normative(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "normative_t1.json"
+    scale = NormalizeBrainIntensityd("image")
+    fit_normative([scale({"image": scan(s), "brain_mask": meta(BRAIN)}) for s in range(5)], path, "t1", GRID)
+    return str(path)
+
+
+@pytest.mark.parametrize("diameter", [1.0, 3.0, 9.0, 25.0])
+def test_shapes_are_smooth_and_as_large_as_asked(diameter):
+    sizes, rng = [], np.random.RandomState(0)
+    for _ in range(20):
+        shape = random_shape(diameter, rng)
+        assert shape.min() >= 0 and shape.max() <= 1 and len(set(shape.shape)) == 1 and len(shape) % 2 == 1
+        core = np.argwhere(shape >= 0.5)
+        sizes.append(np.ptp(core, axis=0).max() + 1 if len(core) else 0)
+    assert 0.6 * diameter - 1 <= max(sizes) <= 1.3 * diameter + 3  # a wavy border may reach beyond
+    assert np.median(sizes) <= diameter + 1
+
+
+def test_what_is_marked_was_changed_and_the_rest_of_the_brain_was_not(normative):
+    image = scan()
+    put = Anomaliesd("image", "t1", normative, number=(3, 3), diameter=(4.0, 10.0))
+    for name in ("a", "b", "c"):
+        out = put({"image": image, "name": name})
+        label, change = out["label"][0].numpy() > 0, (out["image"] - image).abs()[0].numpy()
+        assert label.any() and not label[BRAIN == 0].any()
+        assert (out["image"][0].numpy()[BRAIN == 0] == 0).all() and (out["image"][0].numpy()[BRAIN > 0] > 0).all()
+        assert ndimage.uniform_filter(change, 3)[label].min() > 0
+        far = ndimage.distance_transform_edt(~(change > 0)) > 0
+        assert not label[far].any() and 0 < (change > 0).mean() < 0.5
+        assert (out["image"].affine == image.affine).all()
+
+
+def test_the_same_scan_gets_the_same_and_another_or_the_random_kind_others(normative):
+    put, draw = (kind("image", "t1", normative, diameter=(4.0, 10.0)) for kind in (Anomaliesd, RandAnomaliesd))
+    first, again, other = (put({"image": scan(), "name": name})["image"] for name in "aab")
+    torch.testing.assert_close(first, again)
+    assert not torch.equal(first, other)
+    draw.set_random_state(3)
+    one, two = (draw({"image": scan(), "name": "a"})["image"] for _ in range(2))
+    draw.set_random_state(3)
+    assert not torch.equal(one, two) and torch.equal(one, draw({"image": scan(), "name": "a"})["image"])
+
+
+@pytest.mark.parametrize(("contrast", "sign"), [("t1", -1), ("t2", 1), ("flair", 1)])
+def test_most_go_to_the_lesions_side(normative, contrast, sign):
+    put = Anomaliesd("image", contrast, normative, number=(1, 1), diameter=(6.0, 10.0), likely_side=1.0)
+    image, signs = scan(), []
+    for seed in range(30):
+        out = put({"image": image, "name": str(seed)})
+        marked = out["label"] > 0
+        if marked.any():
+            signs.append(np.sign(float((out["image"] - image)[marked].mean())))
+    # foreign texture may go either way
+    assert len(signs) > 20 and np.mean(np.equal(signs, sign)) > 0.8
+
+
+def test_nothing_is_put_where_there_is_no_brain(normative):
+    out = Anomaliesd("image", "t1", normative)({"image": meta(np.zeros(SHAPE)), "name": "a"})
+    assert not out["image"].any() and not out["label"].any()
