@@ -9,7 +9,8 @@ even without its shading passes for a gain. What the mask cut off is lost. Wheth
 not seen here.
 
 Shading: raw scans are shaded by a sum of Gaussian coil sensitivities (+-30 % in the brain); the share of it that is
-gone after the bias correction. And the variation of white matter (where the atlas has little else) before and after it.
+gone after the bias correction. And the variation of white matter (where the atlas has little else) before and after it,
+and the z-scores of the brain, which tell whether other scanners' healthy tissue looks healthy.
 
 Real lesions: AUPRC of plain brightness (darkness on T1w) inside the brain of the scan's own voxels before the chain,
 after every step (brought back to those voxels; what a mask left out comes last), and contrast to the surroundings.
@@ -39,12 +40,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bundle.data import list_scans, load_datalist  # noqa: E402
-from bundle.data.files import nifti_header, read_json, write_json, write_volume  # noqa: E402
+from bundle.data.files import AUTO, nifti_header, read_json, write_json, write_volume  # noqa: E402
 from bundle.data.planting import LESION_LOOK, plant_lesion, read_masks, read_raw, share_of_voxels  # noqa: E402
 from bundle.errors import InputError, explain, report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
 from bundle.metrics.retention import planted_contrast, real_contrast, robust_spread, shading_removed, variation  # noqa: E402
 from bundle.synthesis import coil_shading  # noqa: E402
+from bundle.transforms import load_normative, normative_file  # noqa: E402
 
 STEPS = {
     "BrainMaskd": "mask",
@@ -76,6 +78,7 @@ class Chain:
     """The transforms of a config, one by one."""
 
     def __init__(self, contrast: str, ckpt_dir: str, overrides: dict[str, Any]) -> None:
+        self.ckpt_dir = ckpt_dir
         parser = ConfigParser()
         parser.read_config(str(ROOT / f"configs/{'inference' if ckpt_dir else 'prepare'}.json"))
         settings = {"contrast": contrast, "ckpt_dir": ckpt_dir} if ckpt_dir else {"dataset": "folder"}
@@ -220,13 +223,20 @@ def white_matter(image: MetaTensor) -> np.ndarray:
     return share[0].numpy() > 0.9
 
 
-def follow_variation(chain: Chain, file: str) -> dict[str, float]:
-    """Coefficient of variation of white matter before and after the bias correction."""
-    return {
-        step.name: variation(step.scan[step.inside & white_matter(step.image)])
-        for step in chain.follow(file, file)
-        if step.name in ("grid", "bias field")
-    }
+def follow_variation(chain: Chain, file: str) -> dict[str, Any]:
+    """Coefficient of variation of white matter before and after the bias correction; of a chain with a model also the
+    contrast that the scan was taken for, and the median distance of the brain from the normative mean, in its spreads.
+    """
+    found: dict[str, Any] = {}
+    for step in chain.follow(file, file):
+        if step.name in ("grid", "bias field"):
+            found[step.name] = variation(step.scan[step.inside & white_matter(step.image)])
+        elif step.name == "normalised" and chain.ckpt_dir:
+            found["contrast"] = step.image.meta["contrast"]
+            normative = load_normative(normative_file(chain.ckpt_dir, found["contrast"]))
+            z = normative.z(step.image.as_tensor(), found["contrast"])[0].numpy()
+            found["z"] = float(np.median(np.abs(z[step.inside])))
+    return found
 
 
 def real_scans(folder: Path, scratch: Path) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
@@ -347,7 +357,13 @@ def main() -> None:
     parser.add_argument("--healthy", nargs="+", default=[], metavar="DATA", help="prepared datasets of healthy people")
     parser.add_argument("--masks", nargs="+", type=pair, default=[], metavar="FAMILY=DIR", help="in atlas space")
     parser.add_argument("--real", nargs="+", type=Path, default=[], metavar="FOLDER", help="a patient each")
-    parser.add_argument("--scans", nargs="+", default=[], metavar="FILE_OR_DIR", help="for white matter's variation")
+    parser.add_argument(
+        "--scans",
+        nargs="+",
+        default=[],
+        metavar="FILE_OR_DIR",
+        help="for white matter's variation and the z-scores of healthy tissue",
+    )
     parser.add_argument("--contrast", nargs="+", default=list(LESION_LOOK), choices=LESION_LOOK)
     parser.add_argument("--section", default="test", help="of the healthy scans")
     parser.add_argument("--cases", type=int, default=4, help="of each family and size, and of shading")
@@ -382,7 +398,8 @@ def main() -> None:
         for scan in some:
             found = follow_variation(chain, scan["source"]["image"])
             results["variation"].append({"contrast": contrast, "scan": scan["name"], **found})
-    any_chain = next(iter(chains.values()))
+    overrides = {k: yaml.safe_load(v) for k, v in args.override}
+    any_chain = Chain(AUTO, args.ckpt_dir, overrides) if args.ckpt_dir else next(iter(chains.values()))
     for place in args.scans:
         for scan in list_scans(place):
             try:
@@ -391,10 +408,17 @@ def main() -> None:
                 print(f"{scan['image']}: failed: {explain(error)}")
     if results["variation"]:
         rows = [
-            [r.get("contrast", ""), r["scan"], f"{r['grid']:.3f}", f"{r['bias field']:.3f}"]
+            [
+                r.get("contrast", ""),
+                r["scan"],
+                f"{r['grid']:.3f}",
+                f"{r['bias field']:.3f}",
+                f"{r.get('z', np.nan):.2f}",
+            ]
             for r in results["variation"]
         ]
-        print_table("White matter's coefficient of variation", ["", "scan", "before", "after the bias field"], rows)
+        columns = ["", "scan", "before", "after the bias field", "median of the brain's absolute z-score"]
+        print_table("White matter's coefficient of variation", columns, rows)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for folder in args.real:

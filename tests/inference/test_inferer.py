@@ -154,9 +154,10 @@ def test_autocast_trains_in_bfloat16_on_the_cpu_too():
     network, image = PatchLocator(patch_size=8, channels=4, features=8), torch.rand(2, 2, 20, 20)
     network.train()
     plain, rounded = (AutocastInferer(enabled)(image, network) for enabled in (False, True))
-    assert plain.dtype == torch.float32 and rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), plain, atol=0.1, rtol=0.1)
-    rounded.float().sum().backward()
+    assert plain.dtype == torch.float32 and rounded.dtype == torch.float32  # losses are summed in it
+    assert (rounded != plain).any() and torch.equal(rounded, rounded.bfloat16().float())
+    torch.testing.assert_close(rounded, plain, atol=0.1, rtol=0.1)
+    rounded.sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
 
 
