@@ -2,7 +2,8 @@
 
 Every scan's maps are made once; then every combination of weights is tried on them. The best is the one with the
 highest AUPRC (mean over people, scans of one person averaged first); of those within --margin of it the one of the
-fewest maps is taken, so that a map that does not help costs nobody time. Put what is printed into "usual_weights" of
+fewest maps is taken, so that a map that does not help costs nobody time. Planted lesions are not real ones: with
+--check_dir only fusions are taken that find, of real lesions there, no less than the z-score alone (atlas_z). Put what is printed into "usual_weights" of
 configs/calibrate.json (or give it as --fusion_weights) and calibrate.
 """
 
@@ -45,6 +46,30 @@ def case_of(bench: Bench, scan: Scan, names: Sequence[str]) -> Case:
     return Case(scan.person, maps, lesion[inside], int((lesion & ~inside).sum()))
 
 
+def cases_of(bench: Bench, folders: Sequence[str], section: str, names: Sequence[str]) -> list[Case]:
+    """Those with a lesion in a section of prepared datasets.
+
+    Raises:
+        InputError: there are none.
+    """
+    scans = (scan for folder in folders for scan in bench.scans(folder, section) if scan.label.any())
+    cases = [case_of(bench, scan, names) for scan in scans]
+    if not cases:
+        raise InputError(f"{folders[0]}: no scan with a lesion in '{section}'")
+    return cases
+
+
+def mean_areas(cases: Sequence[Case], fusions: Sequence[Fusion]) -> dict[str, float]:
+    """Mean AUPRC over people of every fusion, by its text."""
+    areas = {}
+    for fusion in fusions:
+        by_person: dict[str, list[float]] = {}
+        for case in cases:
+            by_person.setdefault(case.person, []).append(area(case, fusion))
+        areas[str(fusion)] = float(np.mean([np.mean(values) for values in by_person.values()]))
+    return areas
+
+
 def area(case: Case, fusion: Fusion) -> float:
     """AUPRC; lesion voxels that no mask holds rank last."""
     everywhere = torch.ones(1, 1, 1, len(case.lesion), dtype=torch.bool)
@@ -80,6 +105,8 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=["sum"], choices=RULES)
     parser.add_argument("--margin", type=float, default=0.002, help="of AUPRC that one map less may cost")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
+    parser.add_argument("--check_dir", nargs="+", default=[], help="prepared datasets of real lesions, see above")
+    parser.add_argument("--check_section", default="test")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     bench = Bench(args.ckpt_dir, args.contrast, args.set)
@@ -87,21 +114,19 @@ def main() -> None:
     names = args.maps or [
         name for name in ("atlas_z", "location", *calibration.extra_maps) if calibration.location != (name,)
     ]
-    cases = [
-        case_of(bench, scan, names)
-        for folder in args.dataset_dir
-        for scan in bench.scans(folder, args.section)
-        if scan.label.any()
-    ]
-    if not cases:
-        raise InputError(f"{args.dataset_dir[0]}: no scan with a lesion in '{args.section}'")
-    fusions, areas = list(combinations(names, args.weights, args.rules)), {}
-    for fusion in fusions:
-        by_person: dict[str, list[float]] = {}
-        for case in cases:
-            by_person.setdefault(case.person, []).append(area(case, fusion))
-        areas[str(fusion)] = float(np.mean([np.mean(values) for values in by_person.values()]))
-    chosen = choose(fusions, areas, args.margin)
+    cases = cases_of(bench, args.dataset_dir, args.section, names)
+    fusions = list(combinations(names, args.weights, args.rules))
+    areas = mean_areas(cases, fusions)
+    allowed = fusions
+    if args.check_dir:
+        real = cases_of(bench, args.check_dir, args.check_section, names)
+        checked = mean_areas(real, fusions)
+        alone = checked[str(Fusion(weights={"atlas_z": 1.0}))]
+        allowed = [fusion for fusion in fusions if checked[str(fusion)] >= alone]
+        print(
+            f"{len(allowed)} of {len(fusions)} find as much of {len(real)} real scans as the z-score alone, {alone:.3f}"
+        )
+    chosen = choose(allowed, {str(f): areas[str(f)] for f in allowed}, args.margin)
     order = sorted(areas, key=lambda text: -areas[text])
     alone = [str(fusion) for fusion in fusions if len(fusion.weights) == 1]
     print(f"\n{args.contrast}, {len(cases)} scans with lesions\n\n| fusion | mean AUPRC |\n|---|---|")

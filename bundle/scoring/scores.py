@@ -64,7 +64,8 @@ SCORES = {
     "uncalibrated": Score(("squared_error", "variance"), **_RAW),
     "atlas_z": Score(("z",), by_place=False),
     "reconstruction": Score(("reconstruction",)),
-    "segmentation": Score(("segmentation",)),
+    # the network has seen the z-score, and so the place; by place once more, its certainty would count twice
+    "segmentation": Score(("segmentation",), by_place=False),
     "intensity": Score(("intensity",), **_RAW),
     "intensity_opposite": Score(("intensity",), **_RAW, sign=-1.0),
 }
