@@ -3,8 +3,8 @@
 Every scan's maps are made once; then every combination of weights is tried on them. The best is the one with the
 highest AUPRC (mean over people, scans of one person averaged first); of those within --margin of it the one of the
 fewest maps is taken, so that a map that does not help costs nobody time. Planted lesions are not real ones: with
---check_dir only fusions are taken that find, of real lesions there, no less than the z-score alone (atlas_z). Put what is printed into "usual_weights" of
-configs/calibrate.json (or give it as --fusion_weights) and calibrate.
+--check_dir only fusions are taken that find, of real lesions there, no less than the z-score alone (atlas_z). Put what
+is printed into "usual_weights" of configs/calibrate.json (or give it as --fusion_weights) and calibrate.
 """
 
 from __future__ import annotations
