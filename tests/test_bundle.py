@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow, ckpt_export, onnx_export, verify_net_in_out
 
+import bundle
 from bundle.networks import PatchLocator, ResNetPatchLocator
 from tests.conftest import ROOT
 
@@ -86,6 +89,16 @@ def test_one_version_everywhere():
     assert bundle.__version__ == version
     assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize(
+    "goal, given, expected", [("infer", [], "auto"), ("train", [], "t1"), ("infer", ["CONTRAST=t2"], "t2")]
+)
+def test_make_hands_over_the_contrast(goal, given, expected):
+    command = ["make", "--silent", "-o", ".venv/installed", "RUN=echo", "SCAN=a b", goal, *given]
+    environment = {k: v for k, v in os.environ.items() if k != "CONTRAST"}
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"--contrast {expected}" in said
 
 
 def test_the_readme_is_short():
