@@ -12,7 +12,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 LABEL := .venv-label
 # inference tells the contrast from each scan
-CONTRAST ?= $(if $(filter infer,$(MAKECMDGOALS)),auto,t1)
+ifeq ($(origin CONTRAST),undefined)
+CONTRAST := $(if $(filter infer,$(MAKECMDGOALS)),auto,t1)
+endif
 MODELS ?= models
 OUT ?= out
 RUN := $(BIN)/python -m monai.bundle run

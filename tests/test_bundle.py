@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow, ckpt_export, onnx_export, verify_net_in_out
 
+import bundle
 from bundle.networks import PatchLocator, ResNetPatchLocator
 from tests.conftest import ROOT
 
@@ -73,11 +76,33 @@ def test_names_that_others_override_exist():
 
 
 def test_no_link_of_the_documentation_is_dead():
-    for page in (ROOT / "README.md", ROOT / "models/README.md", *(ROOT / "docs").glob("*.md")):
+    pages = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "models/README.md")
+    for page in (*(ROOT / page for page in pages), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
         for config in re.findall(r"configs/[\w/]+\.(?:json|yaml)", page.read_text()):
             assert (ROOT / config).is_file(), f"{page.name}: {config}"
+
+
+def test_one_version_everywhere():
+    version = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
+    assert bundle.__version__ == version
+    assert f"\n## {version}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize(
+    "goal, given, expected", [("infer", [], "auto"), ("train", [], "t1"), ("infer", ["CONTRAST=t2"], "t2")]
+)
+def test_make_hands_over_the_contrast(goal, given, expected):
+    command = ["make", "--silent", "-o", ".venv/installed", "RUN=echo", "SCAN=a b", goal, *given]
+    environment = {k: v for k, v in os.environ.items() if k != "CONTRAST"}
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"--contrast {expected}" in said
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def test_no_python_hides_in_the_configs():
