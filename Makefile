@@ -27,7 +27,7 @@ demo: env
 	$(BIN)/python scripts/demo.py --output_dir demo
 
 test: $(VENV)/tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 10
 
 # lines and branches of bundle/ that the tests run, those of the runner's own processes included
 coverage: $(VENV)/tools

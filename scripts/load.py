@@ -106,6 +106,8 @@ if __name__ == "__main__":
     parser.add_argument("--scans", type=int, default=0)
     parser.add_argument("--volume", type=int, nargs=3)
     arguments = parser.parse_args()
+    if not arguments.scans and not arguments.volume:
+        parser.error("name what to load: --scans N, --volume X Y Z, or both")
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.scans:
             many(arguments.scans, Path(temporary))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import io
+import logging
+import runpy
 import subprocess
 import sys
+import warnings
 import zipfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +20,7 @@ import torch
 import yaml
 from monai.data import MetaTensor
 
+from bundle.data.files import release_claims
 from bundle.data.phantom import make_cohort
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,11 +51,52 @@ def cohort(tmp_path_factory) -> Path:
     return folder
 
 
-def run_bundle(run_id: str, config: str, grid_file: Path, *overrides: str, cwd: Path = ROOT):
-    """`python -m monai.bundle run`, as a user types it; returns the finished process. ``config`` may be "one+two"."""
+def run_bundle(run_id: str, config: str, grid_file: Path, *overrides: str, cwd: Path = ROOT, fresh: bool = False):
+    """`python -m monai.bundle run`, as a user types it; returns the finished process. ``config`` may be "one+two".
+
+    It runs in this process, whose imports are done, unless ``fresh`` asks for a process of its own.
+    """
     files = [*(f"{ROOT}/configs/{name}.json" for name in config.split("+")), str(grid_file)]
     command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files), *map(str, overrides)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    if fresh:
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    return run_here(command, cwd)
+
+
+def run_here(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """``python -m MODULE ...`` in this process, with what such a process would print and its exit code; what a run
+    changes in a process (its folder, hooks, handlers of logs, claims of folders) is put back.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    root = logging.getLogger()
+    handlers, level, factory = root.handlers[:], root.level, logging.getLogRecordFactory()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", command[2:])
+        patch.setattr(sys, "path", sys.path[:])
+        patch.setattr(sys, "excepthook", sys.__excepthook__)
+        warnings.resetwarnings()
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.showwarning = lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4]))
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+                code = 0
+            except SystemExit as ended:
+                code = ended.code
+            except BaseException as error:
+                try:
+                    sys.excepthook(type(error), error, error.__traceback__)
+                    code = 1
+                except SystemExit as ended:
+                    code = ended.code
+            finally:
+                release_claims()
+                root.handlers[:] = handlers
+                root.setLevel(level)
+                logging.setLogRecordFactory(factory)
+    gc.collect()
+    return subprocess.CompletedProcess(command, code or 0, out.getvalue(), err.getvalue())
 
 
 def meta(array, affine=None) -> MetaTensor:

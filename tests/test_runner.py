@@ -542,7 +542,7 @@ def test_mistakes_get_one_line(models, cohort, grid_file, tmp_path, run_id, conf
 
 def test_it_runs_from_another_folder(models, cohort, grid_file, tmp_path):
     use = ("--bundle_root", ROOT, "--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", "here")
-    succeed("run", "evaluate", grid_file, *use, cwd=tmp_path)
+    succeed("run", "evaluate", grid_file, *use, cwd=tmp_path, fresh=True)  # a new process: its imports too
     assert (tmp_path / "here/metrics.json").is_file()
 
 

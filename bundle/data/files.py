@@ -116,7 +116,8 @@ def claim_folder(folder: str | Path) -> None:
 
 
 @atexit.register
-def _release_claims() -> None:
+def release_claims() -> None:
+    """Let others write to the folders that `claim_folder` has claimed; done by itself when the process ends."""
     while _claims:
         lock = _claims.pop()
         Path(lock.lock_file).unlink(missing_ok=True)
