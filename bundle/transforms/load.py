@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import logging
+import warnings
 import zlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -48,7 +50,11 @@ class LoadScand(MapTransform):
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, contrast: str | None = None) -> None:
         super().__init__(keys, allow_missing_keys)
         self.contrast = None if contrast == AUTO else contrast
-        self.load = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
+        # MONAI makes every reader it knows; one of them warns of a GPU decoder that no scan needs here
+        logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+            self.load = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
