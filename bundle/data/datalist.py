@@ -22,7 +22,7 @@ from .formats import holds_dicom
 
 # Version of what stands between a file and the networks: mask, alignment, grid, bias field, intensities. Data that were
 # prepared, and models that were trained, by another are refused.
-CHAIN = 2
+CHAIN = 3
 VOLUME_KEYS = ("image", "brain_mask", "label", "anatomy_label")
 _KNOWN_KEYS = {*VOLUME_KEYS, "subject", "person", "contrast", "to_atlas", "ignored_labels", "source", "fusion_maps"}
 _KNOWN_KEYS |= {"atlas_overlap", "flags", "purpose", "volume_ml", "name", "chain", "prepared", "not_examined"}

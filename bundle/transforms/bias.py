@@ -10,10 +10,11 @@ import SimpleITK as sitk
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, ResampleToMatch
 from numpy.polynomial.legendre import legval
+from scipy.ndimage import gaussian_filter
 
-from bundle.data.atlas import from_sitk, to_sitk
+from bundle.data.atlas import Atlas, from_sitk, load_atlas, to_sitk
 from bundle.errors import InputError, flag
 
 METHODS = ("tissue", "n4", "none")
@@ -25,56 +26,123 @@ _NARROWEST = 0.08  # standard deviation of a class, of log brightness
 # robust standard deviations above the median: what is brighter, once the field is known roughly, is lesion or fluid
 _BRIGHTEST, _BRIGHTEST_EVEN = 2.0, 1.5
 _OUTLIERS = 0.01  # density of what belongs to no class, times the range of log brightness
-_LATTICE_MM = 6.0
+_LATTICE_MM = 4.0
+_LEAST_PLACES = 100  # of the lattice, for each term of the field
 _ROUNDS = 40
+_LAG_MM = 8.0  # between the places whose brightness is compared
+_LARGEST_STEP = 0.18  # of log brightness over that lag: more is a border
+_DIFFERENCE_ROUNDS = 14
+_AROUND_MM = 6.0  # sigma of the neighbourhood that a lesion must fill to be left out of the fit
+_UNUSUAL = 1.5  # robust standard deviations of such neighbourhoods
 _WIDEST_FIELD = 3.0  # ratio of its brightest to its darkest part; birdcage and array coils stay below
 # ANTs' defaults, and with them the paper's
 _KNOTS_MM, _LEVELS, _N4_ROUNDS = 200.0, 4, 50
 
 
-def _polynomials(shape: Sequence[int], step: int = 1) -> np.ndarray:
-    """Products of Legendre polynomials up to `_DEGREE`, without the constant: ``[X, Y, Z, P]``."""
-    axes = [np.linspace(-1, 1, n, dtype=np.float32)[::step] for n in shape]
-    powers = [[legval(x, np.eye(_DEGREE + 1)[k]) for k in range(_DEGREE + 1)] for x in axes]
-    terms = [
-        powers[0][i][:, None, None] * powers[1][j][:, None] * powers[2][k]
-        for i, j, k in np.ndindex((_DEGREE + 1,) * 3)
-        if 0 < i + j + k <= _DEGREE
-    ]
-    return np.stack(terms, -1)
+def _legendre(size: int, step: int = 1) -> np.ndarray:
+    """Legendre polynomials up to `_DEGREE` at every ``step``-th of ``size`` voxels: ``[n, _DEGREE + 1]``."""
+    x = np.linspace(-1, 1, size)[::step]
+    return np.stack([legval(x, row) for row in np.eye(_DEGREE + 1)], -1)
 
 
-def tissue_field(image: np.ndarray, inside: np.ndarray, spacing: float) -> np.ndarray:
-    """The smooth field that makes a scan's own tissues even: brightness of few classes times a polynomial of degree 2.
+# which products of Legendre polynomials along the three axes make the field; the constant is no shading
+_TERMS = tuple(np.array([t for t in np.ndindex((_DEGREE + 1,) * 3) if 0 < sum(t) <= _DEGREE]).T)
 
-    Classes of log brightness (Gaussians, with their spreads) and field are estimated in turn by expectation
-    maximisation, after Wells et al. 1996 (doi:10.1109/42.511747); what fits no class has no weight (Van Leemput et
-    al. 2001, doi:10.1109/42.938237), nor has what is brighter than nearly all of the brain. A lesion is a class, or
-    none, but it is no shading; and where tissues are even already, nothing changes.
+
+def _polynomials(shape: Sequence[int], step: int) -> np.ndarray:
+    """The field's terms on a lattice: ``[x, y, z, P]``."""
+    x, y, z = (_legendre(n, step) for n in shape)
+    i, j, k = _TERMS
+    return x[:, None, None, i] * y[None, :, None, j] * z[None, None, :, k]
+
+
+def _weighted_fit(columns: np.ndarray, values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Least squares, each column held to 0 by a ten thousandth of what the data say about it."""
+    normal = columns.T @ (columns * weight[:, None])
+    normal += np.diag(1e-4 * np.diag(normal) + 1e-9)
+    return np.linalg.solve(normal, columns.T @ (weight * values))
+
+
+def _biweight(residual: np.ndarray, reach: float) -> np.ndarray:
+    """Tukey's weights: 1 at 0, none from ``reach`` on."""
+    return np.maximum(1 - (residual / reach) ** 2, 0) ** 2
+
+
+def difference_fit(log: np.ndarray, usable: np.ndarray, basis: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Factors of the field by how brightness changes from each place to the next.
+
+    A field changes little over 8 mm, and everywhere; a lesion changes much, at its border, and not within. So the
+    differences are fitted by the field's and by those of the atlas (whose tissues are as bright as the fit wants),
+    and what is far off both has no weight (Tukey's biweight, its reach drawn in over the first rounds).
 
     Args:
-        image: ``[X, Y, Z]``, raw intensities.
-        inside: ``[X, Y, Z]`` bool, the brain.
-        spacing: of the (cubic) voxels, mm.
+        log: of brightness, on a lattice of 4 mm, ``[x, y, z]``.
+        usable: where ``log`` counts.
+        basis: the field's terms, ``[x, y, z, P]``.
+        expected: the atlas there, ``[x, y, z, K]``.
 
     Returns:
-        the field ``[X, Y, Z]``, median 1 in the brain; all 1 where there is too little to fit it to.
+        ``[P]``.
     """
-    values = image[inside]
-    middle = np.median(values)
-    reach = middle + _BRIGHTEST * 1.4826 * np.median(np.abs(values - middle))
-    step = max(1, round(_LATTICE_MM / spacing))
-    sparse = (slice(None, None, step),) * 3
-    used = inside[sparse] & (image[sparse] > _LEAST_SIGNAL * values.mean()) & (image[sparse] <= reach)
-    basis = _polynomials(image.shape, step)[used]
-    if len(basis) < 20 * basis.shape[1]:
-        return np.ones_like(image)
-    log = np.log(image[sparse][used]).astype(np.float64)
+    terms, lag = np.concatenate([basis, expected], -1), round(_LAG_MM / _LATTICE_MM)
+    columns, values = [], []
+    for axis in range(3):
+        here, there = ((slice(None),) * axis + (s,) for s in (slice(None, -lag), slice(lag, None)))
+        both = usable[here] & usable[there]
+        columns.append((terms[there] - terms[here])[both])
+        values.append((log[there] - log[here])[both])
+    column, value = np.concatenate(columns), np.concatenate(values)
+    found = np.zeros(column.shape[1])
+    for number in range(_DIFFERENCE_ROUNDS):
+        reach = _LARGEST_STEP * max(1.0, 3 - number / 2)
+        found = _weighted_fit(column, value, _biweight(value - column @ found, reach))
+    return found[: basis.shape[-1]]
+
+
+def usual_places(even: np.ndarray, usable: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Where a scan is as bright as the rest of it lets expect, over 6 mm: a large lesion is not.
+
+    Args:
+        even: log of brightness without shading, on a lattice of 4 mm, ``[x, y, z]``.
+        usable, expected: see `difference_fit`.
+
+    Returns:
+        ``[x, y, z]`` bool, within ``usable``.
+    """
+    columns = np.concatenate([expected, np.ones_like(expected[..., :1])], -1)[usable]
+    values, weight = even[usable], np.ones(int(usable.sum()))
+    for _ in range(10):
+        residual = values - columns @ _weighted_fit(columns, values, weight)
+        spread = 1.4826 * np.median(np.abs(residual)) + 1e-6
+        weight = _biweight(residual, 3 * spread)
+    around = np.zeros_like(even)
+    around[usable] = residual.clip(-4 * spread, 4 * spread)
+    share = gaussian_filter(usable.astype(float), _AROUND_MM / _LATTICE_MM)
+    around = gaussian_filter(around, _AROUND_MM / _LATTICE_MM) / np.maximum(share, 1e-3)
+    middle = np.median(around[usable])
+    spread = 1.4826 * np.median(np.abs(around[usable] - middle)) + 1e-6
+    return usable & (np.abs(around - middle) <= _UNUSUAL * spread)
+
+
+def class_fit(log: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Factors of the field that makes classes of brightness even.
+
+    Classes (Gaussians of log brightness, with their spreads) and field are estimated in turn by expectation
+    maximisation, after Wells et al. 1996 (doi:10.1109/42.511747); what fits no class has no weight (Van Leemput et
+    al. 2001, doi:10.1109/42.938237), nor has what is brighter than nearly all of the brain.
+
+    Args:
+        log: of brightness, ``[N]``.
+        basis: the field's terms there, ``[N, P]``.
+
+    Returns:
+        ``[P]``.
+    """
     mean = np.quantile(log, np.linspace(0.06, 0.94, _CLASSES))
     variance = np.full(_CLASSES, ((mean[-1] - mean[0]) / _CLASSES) ** 2 + 0.01)
     share = np.full(_CLASSES, 1 / _CLASSES)
     nowhere = 10 * _OUTLIERS / max(float(np.ptp(log)), 1.0)
-    even, dim = log, np.ones(len(log), bool)
+    even, dim, factors = log, np.ones(len(log), bool), np.zeros(basis.shape[1])
     for number in range(_ROUNDS):
         if number and number % 10 == 0:
             level = np.exp(even)
@@ -88,10 +156,55 @@ def tissue_field(image: np.ndarray, inside: np.ndarray, spacing: float) -> np.nd
         share = total / total.sum()
         weight = (belongs / variance).sum(1)
         expected = (belongs * mean / variance).sum(1) / np.maximum(weight, 1e-9)
-        normal = basis.T @ (basis * weight[:, None]) + 1e-4 * weight.sum() * np.eye(basis.shape[1])
-        factors = np.linalg.solve(normal, basis.T @ (weight * (log - expected)))
+        factors = _weighted_fit(basis, log - expected, weight)
         even = log - basis @ factors
-    field = np.exp(_polynomials(image.shape) @ factors)
+    return factors
+
+
+def atlas_terms(image: MetaTensor, atlas: Atlas) -> np.ndarray:
+    """Brightness of the atlas' brain (0 to 1) and its square on the grid of ``image``, 0 outside: ``[X, Y, Z, 2]``; any
+    contrast's tissues are nearly a sum of the two.
+    """
+    brain: Any = atlas.template * atlas.brain_mask
+    resample: Any = ResampleToMatch(mode="bilinear", padding_mode="zeros")
+    there = resample(brain / brain.max(), img_dst=image)[0].numpy()
+    return np.stack([there, there**2], -1)
+
+
+def tissue_field(image: np.ndarray, inside: np.ndarray, spacing: float, expected: np.ndarray) -> np.ndarray:
+    """The smooth field, a polynomial of degree 2, that makes a scan's own tissues even and leaves lesions alone.
+
+    First roughly, by differences between neighbours, which a lesion of any size hardly moves (`difference_fit`). In the
+    scan that is even then, places that are unusual for the atlas are left out (`usual_places`), and the classes of
+    brightness of the rest decide (`class_fit`): they follow no difference between this scan's anatomy and the atlas'.
+
+    Args:
+        image: ``[X, Y, Z]``, raw intensities.
+        inside: ``[X, Y, Z]`` bool, the brain.
+        spacing: of the (cubic) voxels, mm.
+        expected: `atlas_terms` there.
+
+    Returns:
+        the field ``[X, Y, Z]``, median 1 in the brain; all 1 where there is too little to fit it to.
+    """
+    step = max(1, round(_LATTICE_MM / spacing))
+    sparse = (slice(None, None, step),) * 3
+    values, lattice = image[inside], image[sparse]
+    usable = inside[sparse] & (lattice > _LEAST_SIGNAL * values.mean())
+    basis = _polynomials(image.shape, step)
+    if usable.sum() < _LEAST_PLACES * basis.shape[-1]:
+        return np.ones_like(image)
+    log = np.log(np.where(usable, lattice, 1), dtype=np.float64)
+    atlas = expected[sparse].astype(np.float64)
+    rough = difference_fit(log, usable, basis, atlas)
+    middle = np.median(values)
+    reach = middle + _BRIGHTEST * 1.4826 * np.median(np.abs(values - middle))
+    usual = usual_places(log - basis @ rough, usable, atlas) & (lattice <= reach)
+    if usual.sum() < _LEAST_PLACES * basis.shape[-1]:
+        usual = usable
+    cube = np.zeros((_DEGREE + 1,) * 3)
+    cube[_TERMS] = class_fit(log[usual], basis[usual])
+    field = np.exp(np.einsum("ijk,xi,yj,zk->xyz", cube, *(_legendre(n) for n in image.shape), optimize=True))
     return (field / np.median(field[inside])).astype(image.dtype)
 
 
@@ -130,6 +243,7 @@ class CorrectBiasFieldd(MapTransform):
         mask_key: brain mask on the same grid.
         method: "tissue" (`tissue_field`), "n4" (`n4_field`), or "none" to leave the scan as it is. Items of a
             prepared dataset (``prepared``) are left too.
+        atlas: see `load_atlas`; scans lie on it.
 
     Flagged is a field that makes one part of the brain more than three times as bright as another.
 
@@ -137,11 +251,13 @@ class CorrectBiasFieldd(MapTransform):
         InputError: more than a twentieth of the brain is negative; N4 failed.
     """
 
-    def __init__(self, keys: KeysCollection, mask_key: str = "brain_mask", method: str = "tissue") -> None:
+    def __init__(
+        self, keys: KeysCollection, mask_key: str = "brain_mask", method: str = "tissue", atlas: str | None = None
+    ) -> None:
         super().__init__(keys)
         if method not in METHODS:
             raise InputError(f"bias_field '{method}' is unknown: use {', '.join(METHODS)}")
-        self.mask_key, self.method = mask_key, method
+        self.mask_key, self.method, self.atlas = mask_key, method, atlas
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -170,7 +286,8 @@ class CorrectBiasFieldd(MapTransform):
                     ) from error
             else:
                 spacing = float(np.linalg.norm(np.asarray(image.affine, float)[:3, 0]))
-                field = tissue_field(positive[0].numpy(), inside[0].cpu().numpy(), spacing)
+                expected = atlas_terms(positive, load_atlas(self.atlas))
+                field = tissue_field(positive[0].numpy(), inside[0].cpu().numpy(), spacing, expected)
             low, high = np.percentile(field[inside[0].cpu().numpy()], [1, 99])
             if high > _WIDEST_FIELD * low:
                 d = flag(

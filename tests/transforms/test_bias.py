@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from bundle.data.atlas import load_atlas
 from bundle.errors import InputError
 from bundle.transforms import CorrectBiasFieldd
-from bundle.transforms.bias import METHODS, tissue_field
+from bundle.transforms.bias import METHODS, _polynomials, atlas_terms, difference_fit, tissue_field, usual_places
 from tests.conftest import ellipsoid, meta
 
 SHAPE, MM = (48, 56, 44), 4.0
@@ -66,6 +67,16 @@ def test_a_lesion_of_a_fifth_of_the_brain_keeps_its_contrast(scan, brain, bright
     assert contrast(out) / contrast(image) > 0.95
 
 
+def test_differences_do_not_see_a_lesion_and_its_place_is_left_out(scan, brain):
+    lesion = ellipsoid(SHAPE, (13, 14, 12), (31, 30, 22)) * brain > 0
+    log = np.log(np.where(lesion, 3 * scan, scan), where=brain > 0, out=np.zeros(SHAPE))
+    basis, nothing = _polynomials(SHAPE, 1), np.zeros((*SHAPE, 2))
+    field = basis @ difference_fit(log, brain > 0, basis, nothing)
+    assert field[brain > 0].std() < 0.02
+    usual = usual_places(log, brain > 0, nothing)
+    assert usual[lesion].mean() < 0.3 and usual[(brain > 0) & ~lesion].mean() > 0.7
+
+
 def test_the_same_scan_gives_the_same_answer_and_units_do_not_matter(scan, brain):
     one, same, other = (corrected(i, brain)["image"].numpy() for i in (scan, scan, 7 * scan))
     np.testing.assert_array_equal(one, same)
@@ -76,7 +87,7 @@ def test_voxels_next_to_nothing_do_not_change_the_field(scan, brain):
     """As interpolation leaves them at the rim; the field is fitted to logarithms."""
     dim = scan.copy()
     dim[tuple(np.argwhere(brain)[::50].T)] = 1e-3
-    fields = [tissue_field(i.astype(np.float32), brain > 0, MM) for i in (scan, dim)]
+    fields = [tissue_field(i.astype(np.float32), brain > 0, MM, atlas_terms(meta(i, AFFINE), load_atlas())) for i in (scan, dim)]
     np.testing.assert_allclose(fields[1], fields[0], rtol=0.02)
 
 
