@@ -4,7 +4,7 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,16 @@ def _from_nifti(image: Any) -> MetaTensor:
     return MetaTensor(data, affine=torch.as_tensor(image.affine))
 
 
+def mni152_2mm(load: Callable[..., Any]) -> MetaTensor:
+    """One of nilearn's MNI152 maps at 2 mm: every second voxel of it. nilearn's own way there comes to the same values
+    by splines, in half a second.
+
+    Args:
+        load: of nilearn.datasets, such as ``load_mni152_template``.
+    """
+    return _from_nifti(load(resolution=1).slicer[::2, ::2, ::2])
+
+
 @lru_cache(maxsize=2)
 def load_atlas(template: str | None = None) -> Atlas:
     """A template to align scans to.
@@ -69,7 +79,7 @@ def load_atlas(template: str | None = None) -> Atlas:
     if template is None:
         from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
 
-        return Atlas(_from_nifti(load_mni152_template(resolution=2)), _from_nifti(load_mni152_brain_mask(resolution=2)))
+        return Atlas(mni152_2mm(load_mni152_template), mni152_2mm(load_mni152_brain_mask))
     try:
         mask_file = Path(template).with_name(stem(template) + "_brain_mask.nii.gz")
         volume = _from_nifti(nib.squeeze_image(nib.load(template)))
