@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -76,9 +76,6 @@ def _optimise(
         InputError: ITK found no overlap or no optimum.
     """
     method = sitk.ImageRegistrationMethod()
-    # the metric's: several threads add up in an order of their own, and a scan would come out a little different each
-    # time; the filters before it use them all
-    method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(32)
     method.SetMetricFixedMask(fixed_mask)
     method.SetMetricSamplingStrategy(method.RANDOM)
@@ -95,6 +92,17 @@ def _optimise(
     except RuntimeError as error:
         raise InputError(f"alignment to the atlas failed: {str(error).strip().splitlines()[-1]}") from error
     return method.GetMetricValue()
+
+
+@contextmanager
+def _one_itk_thread() -> Iterator[None]:
+    """Several threads add up in an order of their own, and a scan would come out a little different each time."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 
 def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, seed: int = 0) -> np.ndarray:
@@ -151,18 +159,19 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
         back[:3, :3], back[:3, 3] = turn, middle - turn @ middle  # half a turn undoes itself
         return np.linalg.inv(LPS @ back @ atlas_to_scan @ LPS)
 
-    upright = fit(*_STARTS[0])
-    if not isinstance(upright, InputError):
-        with suppress(InputError):
-            found = refine(*upright[1:])
-            if atlas_overlap(_moved(brain_mask, found), atlas) >= _FITS_UPRIGHT:
-                return found
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        tried = [upright, *pool.map(lambda start: fit(*start), _STARTS[1:])]
-    fitted = [t for t in tried if not isinstance(t, InputError)]
-    if not fitted:
-        raise next(t for t in tried if isinstance(t, InputError))
-    return refine(*min(fitted, key=lambda f: f[0])[1:])
+    with _one_itk_thread():
+        upright = fit(*_STARTS[0])
+        if not isinstance(upright, InputError):
+            with suppress(InputError):
+                found = refine(*upright[1:])
+                if atlas_overlap(_moved(brain_mask, found), atlas) >= _FITS_UPRIGHT:
+                    return found
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            tried = [upright, *pool.map(lambda start: fit(*start), _STARTS[1:])]
+        fitted = [t for t in tried if not isinstance(t, InputError)]
+        if not fitted:
+            raise next(t for t in tried if isinstance(t, InputError))
+        return refine(*min(fitted, key=lambda f: f[0])[1:])
 
 
 class AlignToAtlasd(MapTransform, InvertibleTransform):
