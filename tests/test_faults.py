@@ -46,7 +46,7 @@ def finish_after_kills(folder, seconds, *command):
         process.kill()
         process.wait()
     print(f"{met} of {KILLS} kills met a running {command[0]}")
-    result = run_bundle(*command)
+    result = run_bundle(*command, fresh=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return met
 
@@ -58,7 +58,7 @@ def contents(folder, leave_out=()):
 
 def test_a_training_that_is_killed_ends_with_the_same_weights(cohort, grid_file, tmp_path):
     use = ("--dataset_dir", cohort, "--max_epochs", EPOCHS, "--val_interval", 2, "--resume", "auto", "--ckpt_dir")
-    whole = run_bundle("training", "train", grid_file, *use, tmp_path / "whole")
+    whole = run_bundle("training", "train", grid_file, *use, tmp_path / "whole", fresh=True)
     assert whole.returncode == 0, whole.stderr[-2000:]
     assert finish_after_kills(tmp_path / "cut", 1, "training", "train", grid_file, *use, tmp_path / "cut") > 0
     names = [f"checkpoints/model_epoch={n}.pt" for n in (EPOCHS - 4, EPOCHS - 2, EPOCHS)]
@@ -95,7 +95,7 @@ def test_an_inference_that_is_killed_leaves_the_same_files(cohort, grid_file, tm
         "none",
         "--output_dir",
     )
-    assert run_bundle("inference", "inference", grid_file, *use, tmp_path / "whole").returncode == 0
+    assert run_bundle("inference", "inference", grid_file, *use, tmp_path / "whole", fresh=True).returncode == 0
     assert finish_after_kills(tmp_path / "cut", 1, "inference", "inference", grid_file, *use, tmp_path / "cut") > 0
     own = ("summary.csv", "run.json")  # seconds, and the name of the output folder
     assert contents(tmp_path / "cut", own) == contents(tmp_path / "whole", own)
@@ -116,7 +116,7 @@ def test_a_preparation_that_is_killed_leaves_the_same_files(cohort, grid_file, t
     recipe.parent.mkdir()
     recipe.write_text("images: {t1: '{subject}.nii.gz'}\nalignment: none\nsplits: {training: rest}\n")
     use = ("--recipe#folder", recipe.parent, *use)
-    whole = run_bundle("preparation", "prepare", grid_file, *use, tmp_path / "whole")
+    whole = run_bundle("preparation", "prepare", grid_file, *use, tmp_path / "whole", fresh=True)
     assert whole.returncode == 0, whole.stderr[-2000:]
     assert finish_after_kills(tmp_path / "cut", 1.5, "preparation", "prepare", grid_file, *use, tmp_path / "cut") > 0
     assert contents(tmp_path / "cut", ("run.json",)) == contents(tmp_path / "whole", ("run.json",))
@@ -140,9 +140,7 @@ def test_a_loss_that_is_no_number_stops_the_training(cohort, grid_file, tmp_path
 def test_the_same_seed_gives_the_same_weights(cohort, grid_file, tmp_path, run_id):
     use = ("--dataset_dir", cohort, "--max_epochs", 2, "--val_interval", 1, "--ckpt_dir")
     for run, seed in (("one", 3), ("two", 3), ("other", 4)):
-        # one in a process of its own, the others in that of the tests
-        use_seed = (*use, tmp_path / run, "--seed", seed)
-        result = run_bundle(run_id, "train", grid_file, *use_seed, fresh=run == "one")
+        result = run_bundle(run_id, "train", grid_file, *use, tmp_path / run, "--seed", seed, fresh=True)
         assert result.returncode == 0, result.stderr[-2000:]
     models = [(tmp_path / run / "model.pt").read_bytes() for run in ("one", "two", "other")]
     assert models[0] == models[1] != models[2]

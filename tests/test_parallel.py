@@ -57,7 +57,7 @@ def trained(cohort, grid_file, tmp_path_factory):
     one = ["--ckpt_dir", folder / "one", "--subjects_per_batch", 6, "--train#dataloader#shuffle", "False"]
     two = ["--ckpt_dir", folder / "two", "--subjects_per_batch", 3, "--train#dataloader#sampler#shuffle", "False"]
     return (
-        run_bundle("training", "train", grid_file, *use, *one),
+        run_bundle("training", "train", grid_file, *use, *one, fresh=True),
         torchrun("training", "train", "multi_gpu_train", grid_file, *use, *two),
         folder,
     )
