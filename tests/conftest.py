@@ -64,17 +64,15 @@ def run_bundle(run_id: str, config: str, grid_file: Path, *overrides: str, cwd: 
 
 
 def run_here(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """``python -m MODULE ...`` or ``python SCRIPT ...`` in this process, with what such a process would print and its
-    exit code; what a run changes in a process (its folder, hooks, handlers of logs, claims of folders) is put back.
+    """``python -m MODULE ...`` in this process, with what such a process would print and its exit code; what a run
+    changes in a process (its folder, hooks, handlers of logs, claims of folders) is put back.
     """
-    command = list(map(str, command))
     out, err = io.StringIO(), io.StringIO()
-    module = command[1] == "-m"
     root = logging.getLogger()
     handlers, level, factory = root.handlers[:], root.level, logging.getLogRecordFactory()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", command[1 + module :])
+        patch.setattr(sys, "argv", command[2:])
         patch.setattr(sys, "path", sys.path[:])
         patch.setattr(sys, "excepthook", sys.__excepthook__)
         warnings.resetwarnings()
@@ -82,10 +80,7 @@ def run_here(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProces
         warnings.showwarning = lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4]))
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                if module:
-                    runpy.run_module(command[2], run_name="__main__", alter_sys=True)
-                else:
-                    runpy.run_path(command[1], run_name="__main__")
+                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
                 code = 0
             except SystemExit as ended:
                 code = ended.code

@@ -188,7 +188,7 @@ def brightness_kept(scan_file, lesion, contrast, folder):
     """AUPRC of brightness (darkness on T1w) inside the brain, in native space, after the whole chain and before it."""
     command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
     command += ["--score", "intensity", "--contrast", contrast, "--dataset_dir", scan_file, "--output_dir", folder]
-    result = run_here(command)
+    result = run_here(list(map(str, command)))
     assert result.returncode == 0, result.stderr[-3000:]
     scan = nib.load(scan_file).get_fdata()
     (heatmap,) = folder.glob("*/*_heatmap.nii.gz")
@@ -230,7 +230,7 @@ def test_shipped_weights_find_a_patients_lesions(contrast, tmp_path):
         "--output_dir",
         tmp_path,
     ]
-    result = run_here(command)
+    result = run_here(list(map(str, command)))
     assert result.returncode == 0, result.stderr[-3000:]
     heatmap = nib.load(tmp_path / contrast / f"{contrast}_heatmap.nii.gz").get_fdata()
     scan, lesion = (nib.load(folder / f"{name}.nii.gz").get_fdata() for name in (contrast, "lesion"))

@@ -20,7 +20,7 @@ from bundle.errors import InputError
 from bundle.metrics import CASE_METRICS
 from bundle.networks import PatchLocator
 from bundle.transforms import LoadScand
-from tests.conftest import FORMATS, GRID, ROOT, run_bundle, run_here, write_dicom, write_nifti, write_scan
+from tests.conftest import FORMATS, GRID, ROOT, run_bundle, write_dicom, write_nifti, write_scan
 
 
 def succeed(*args, **kwargs):
@@ -552,7 +552,7 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
     command += ["--test", f"phantoms={cohort}:test", "--filter_mm", "0", "3", "--output", out, "--quantile", 0.99]
     command += ["--fusion", "sum:atlas_z=1,location=0.5", "--picture", tmp_path / "maps.png"]
     command += ["--set", *(f"{k}={v}" for k, v in GRID.items())]
-    result = run_here(command, cwd=tmp_path)
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     figures = json.loads(out.read_text())
     assert set(figures) == {"filter 0 mm", "filter 3 mm"} and "| location |" in result.stdout
@@ -578,7 +578,7 @@ def test_a_fusion_is_chosen_on_scans_with_lesions(fused, cohort, tmp_path):
     command = [sys.executable, ROOT / "scripts/choose_fusion.py", "--ckpt_dir", fused[0], "--dataset_dir", cohort]
     command += ["--section", "test", "--weights", "1", "--rules", "sum", "maximum", "--output", out]
     command += ["--maps", "atlas_z", "location", "embedding", "--set", *(f"{k}={v}" for k, v in GRID.items())]
-    result = run_here(command, cwd=tmp_path)
+    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     figures = json.loads(out.read_text())
     assert len(figures["auprc"]) == 3 + 2 * 4 and "chosen: --fusion_rule" in result.stdout
