@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import itertools
 import sys
 
 import nibabel as nib
@@ -27,7 +27,8 @@ from bundle.transforms import (
     NormalizeBrainIntensityd,
     ResampleToGridd,
 )
-from tests.conftest import CENTER, ROOT, write_nifti
+from bundle.transforms.alignment import register_to_atlas
+from tests.conftest import CENTER, ROOT, run_here, write_nifti
 
 DATA = ROOT.parent / "shared" / "data"
 # least AUPRC of the shipped weights on MSLUB patient26; docs/results.md has the figures
@@ -141,6 +142,27 @@ def _canonical(volume):
     return np.stack([nib.as_closest_canonical(i).get_fdata() for i in images])
 
 
+@pytest.mark.parametrize(
+    "scan", ["ljubljana_raw/patient01/T1W", "ixi_hh_2mm/t1/IXI012-HH-1211_T1", "mslub_mni_1mm/patient26/flair"]
+)
+def test_a_head_with_a_wrong_header_is_turned(scan):
+    """Back to front and upside down: it lies where it does with the right header."""
+    data = Orientationd("image", axcodes="RAS", labels=None)(LoadScand("image")({"image": DATA / f"{scan}.nii.gz"}))
+    data = BrainMaskd()(data)
+    keys, corners = (
+        ("image", "brain_mask"),
+        np.array([[*c, 1] for c in itertools.product((-60, 60), (-90, 60), (-40, 60))]).T,
+    )
+    right = register_to_atlas(data["image"], data["brain_mask"], load_atlas())
+    for signs in ((1, -1, -1), (-1, 1, -1), (-1, -1, 1)):
+        turn = np.diag([*signs, 1.0])
+        wrong = {k: MetaTensor(data[k].as_tensor(), affine=torch.as_tensor(turn) @ data[k].affine) for k in keys}
+        moved = AlignToAtlasd(keys)(wrong)
+        assert atlas_overlap(moved["brain_mask"], load_atlas()) > 0.95 and "was turned" in moved["flags"]
+        found = np.asarray(moved["image"].affine) @ np.linalg.inv(np.asarray(data["image"].affine))
+        assert np.abs((found @ np.linalg.inv(right) @ corners - corners)[:3]).max() < 1
+
+
 def test_registration_beside_ants(tmp_path):
     """An independent judge, where it is installed (pip install antspyx): ANTs' affine lands no better."""
     ants = pytest.importorskip("ants")
@@ -166,7 +188,7 @@ def brightness_kept(scan_file, lesion, contrast, folder):
     """AUPRC of brightness (darkness on T1w) inside the brain, in native space, after the whole chain and before it."""
     command = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
     command += ["--score", "intensity", "--contrast", contrast, "--dataset_dir", scan_file, "--output_dir", folder]
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = run_here(list(map(str, command)))
     assert result.returncode == 0, result.stderr[-3000:]
     scan = nib.load(scan_file).get_fdata()
     (heatmap,) = folder.glob("*/*_heatmap.nii.gz")
@@ -208,7 +230,7 @@ def test_shipped_weights_find_a_patients_lesions(contrast, tmp_path):
         "--output_dir",
         tmp_path,
     ]
-    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    result = run_here(list(map(str, command)))
     assert result.returncode == 0, result.stderr[-3000:]
     heatmap = nib.load(tmp_path / contrast / f"{contrast}_heatmap.nii.gz").get_fdata()
     scan, lesion = (nib.load(folder / f"{name}.nii.gz").get_fdata() for name in (contrast, "lesion"))

@@ -4,7 +4,7 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
+from scipy import ndimage
 
 from bundle.errors import InputError
 
@@ -53,6 +54,16 @@ def _from_nifti(image: Any) -> MetaTensor:
     return MetaTensor(data, affine=torch.as_tensor(image.affine))
 
 
+def mni152_2mm(load: Callable[..., Any]) -> MetaTensor:
+    """One of nilearn's MNI152 maps at 2 mm: every second voxel of it. nilearn's own way there comes to the same values
+    by splines, in half a second.
+
+    Args:
+        load: of nilearn.datasets, such as ``load_mni152_template``.
+    """
+    return _from_nifti(load(resolution=1).slicer[::2, ::2, ::2])
+
+
 @lru_cache(maxsize=2)
 def load_atlas(template: str | None = None) -> Atlas:
     """A template to align scans to.
@@ -68,7 +79,7 @@ def load_atlas(template: str | None = None) -> Atlas:
     if template is None:
         from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
 
-        return Atlas(_from_nifti(load_mni152_template(resolution=2)), _from_nifti(load_mni152_brain_mask(resolution=2)))
+        return Atlas(mni152_2mm(load_mni152_template), mni152_2mm(load_mni152_brain_mask))
     try:
         mask_file = Path(template).with_name(stem(template) + "_brain_mask.nii.gz")
         volume = _from_nifti(nib.squeeze_image(nib.load(template)))
@@ -85,15 +96,15 @@ def load_atlas(template: str | None = None) -> Atlas:
 def atlas_overlap(brain_mask: MetaTensor, atlas: Atlas) -> float:
     """Dice of a brain mask ``[1, X, Y, Z]`` and the atlas' within the mask's field of view; 1 is perfect.
 
-    Voxels much finer than the atlas' are looked at in steps of at most 1.5 mm: a large scan needs gigabytes otherwise.
+    Voxels finer than the default atlas' are looked at in steps of at most 2 mm: a large scan needs gigabytes otherwise.
     """
-    voxel = np.linalg.norm(np.asarray(brain_mask.affine, float)[:3, :3], axis=0)
-    steps = [min(max(1, int(1.5 / v)), n) for v, n in zip(voxel, brain_mask.shape[1:])]
-    affine = brain_mask.affine @ torch.diag(torch.tensor([*steps, 1.0], dtype=brain_mask.affine.dtype))
-    few = brain_mask.as_tensor()[:, :: steps[0], :: steps[1], :: steps[2]]
-    brain_mask = MetaTensor(few, affine=affine)
-    expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(atlas.brain_mask, img_dst=brain_mask) > 0
-    inside = brain_mask > 0
+    affine = np.asarray(brain_mask.affine, float)
+    voxel = np.linalg.norm(affine[:3, :3], axis=0)
+    steps = [min(max(1, int(2.0 / v)), n) for v, n in zip(voxel, brain_mask.shape[1:])]
+    inside = brain_mask[0].cpu().numpy()[tuple(slice(None, None, step) for step in steps)] > 0
+    to_atlas = np.linalg.inv(np.asarray(atlas.brain_mask.affine, float)) @ affine @ np.diag([*steps, 1.0])
+    known = atlas.brain_mask[0].numpy() > 0
+    expected = ndimage.affine_transform(known, to_atlas, output_shape=inside.shape, order=0, mode="grid-constant")
     return float(2 * (inside & expected).sum() / (inside.sum() + expected.sum()))
 
 

@@ -23,7 +23,7 @@ from monai.transforms import (
 from scipy import ndimage
 from tqdm import tqdm
 
-from .atlas import grid_affine, load_atlas
+from .atlas import grid_affine, load_atlas, mni152_2mm
 from .datalist import write_item
 from .files import write_json
 from .planting import plant_lesion
@@ -39,19 +39,13 @@ def load_anatomy(affine: np.ndarray, spatial_size: Sequence[int]) -> torch.Tenso
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
     atlas = load_atlas()
-    maps = [load_mni152_gm_template(resolution=2), load_mni152_wm_template(resolution=2)]
-    volumes = [
-        atlas.template[0].numpy(),
-        *(np.asarray(m.dataobj, np.float32) for m in maps),
-        atlas.brain_mask[0].numpy(),
-    ]
-    sources = [atlas.template.affine.numpy(), *(m.affine for m in maps), atlas.brain_mask.affine.numpy()]
+    maps = [atlas.template, *map(mni152_2mm, (load_mni152_gm_template, load_mni152_wm_template)), atlas.brain_mask]
     affine = affine.copy()
     affine[:3, 3] -= affine[:3, :3].sum(1) * _MARGIN
     size = tuple(n + 2 * _MARGIN for n in spatial_size)
     resampled = [
-        ndimage.affine_transform(v, np.linalg.inv(source) @ affine, output_shape=size, order=1)
-        for v, source in zip(volumes, sources)
+        ndimage.affine_transform(m[0].numpy(), np.linalg.inv(m.affine.numpy()) @ affine, output_shape=size, order=1)
+        for m in maps
     ]
     return torch.as_tensor(np.stack(resampled), dtype=torch.float32).clamp(0, 1)
 

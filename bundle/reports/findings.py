@@ -204,6 +204,7 @@ class SaveFindings:
                 print(HINT)
             for name in self.finished:
                 print(f"{name}: done before, with the same settings")
+            print(f"{self.total} of {len(self.scans)} scans to look at, results go to {self.output_dir}", flush=True)
 
     def _write_table(self, rows: list[dict[str, Any]]) -> None:
         write_table(self.output_dir / "summary.csv", [*self.others, *rows], COLUMNS)

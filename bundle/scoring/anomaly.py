@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from monai.networks.layers import GaussianFilter
+
+from bundle.transforms.spatial import smooth
 
 # Floor of the squared error before its logarithm: a thousandth of the slice, 0.2 mm; finer differences are noise.
 SQUARED_ERROR_FLOOR = 1e-6
@@ -40,7 +41,7 @@ def smooth_inside(volumes: torch.Tensor, inside: torch.Tensor, sigma: float) -> 
     if sigma == 0:
         return volumes
     weight = inside.to(volumes)
-    total = GaussianFilter(3, sigma)(torch.cat([volumes * weight, weight])[:, None])[:, 0]
+    total = smooth(torch.cat([volumes * weight, weight]), [sigma] * 3)
     return torch.where(inside, total[:-1] / total[-1:].clamp(min=1e-6), volumes)
 
 

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, RemoveSmallObjects
+from monai.transforms import MapTransform
+from scipy import ndimage
 
 from bundle.data.atlas import contrast_doubt, load_atlas
 from bundle.data.own_volume import own_voxel_mm3
@@ -187,10 +190,13 @@ class FindLesionsd(MapTransform):
         """Mask (float 0 and 1) of the voxels above ``threshold``, without what is too small; ``to_atlas`` as in
         `own_voxel_mm3`.
         """
-        lesion = MetaTensor((heatmap.as_tensor() > threshold).float()).copy_meta_from(heatmap)
         voxels = self.min_lesion_mm3 / own_voxel_mm3(heatmap, to_atlas)
         least = math.ceil(voxels * (1 - 1e-6))  # what is just as large as the limit stays
-        return MetaTensor(RemoveSmallObjects(least, connectivity=3)(lesion)) if lesion.any() else lesion
+        regions, _ = ndimage.label((heatmap.as_tensor()[0] > threshold).cpu().numpy(), np.ones((3, 3, 3)))
+        kept = np.bincount(regions.ravel()) >= least  # MONAI's RemoveSmallObjects sorts all voxels first
+        kept[0] = False
+        lesion = torch.as_tensor(kept[regions], dtype=torch.float32, device=heatmap.device)
+        return MetaTensor(lesion[None]).copy_meta_from(heatmap)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         lesion = self.cut(data[self.keys[0]], self.threshold(contrast=data.get("contrast")), data.get("to_atlas"))

@@ -11,7 +11,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.networks.layers import gaussian_1d
 from monai.transforms import InvertibleTransform, MapTransform, SpatialResample
-from monai.utils import ensure_tuple_rep
+from monai.utils import TraceKeys, ensure_tuple_rep
 from scipy import ndimage
 
 from bundle.data.atlas import grid_affine
@@ -61,6 +61,27 @@ class ResampleToGrid(SpatialResample):
             if (fwhm > 0.1).any():
                 img = MetaTensor(smooth(img.as_tensor(), fwhm / 2.355)).copy_meta_from(img)
         return super().__call__(img, dst_affine=self.grid_affine, spatial_size=self.spatial_size, mode=mode)
+
+    def inverse(self, data: MetaTensor) -> MetaTensor:
+        """Back to the scan's own voxels, computed in the box around what is not 0: a head is mostly not brain."""
+        step = data.applied_operations[-1]
+        size, affine = step[TraceKeys.ORIG_SIZE], torch.as_tensor(step[TraceKeys.EXTRA_INFO]["src_affine"])
+        box = ndimage.find_objects((data.as_tensor() != 0).any(0).cpu().numpy().astype(np.uint8))
+        ends = [(s.start - 1, s.stop) for s in box[0]] if box else [(0, 0)] * 3  # interpolation reaches one voxel on
+        corners = np.array(np.meshgrid(*ends, [1.0])).reshape(4, -1)
+        places = (np.linalg.inv(np.asarray(affine, float)) @ np.asarray(data.affine, float) @ corners)[:3]
+        first = np.clip(np.floor(places.min(1)).astype(int), 0, np.array(size) - 1)
+        last = np.clip(np.ceil(places.max(1)).astype(int) + 1, first + 1, size)
+        shift = torch.eye(4, dtype=affine.dtype)
+        shift[:3, 3] = torch.as_tensor(first)
+        step[TraceKeys.ORIG_SIZE] = (last - first).tolist()
+        step[TraceKeys.EXTRA_INFO]["src_affine"] = affine @ shift
+        part: Any = super().inverse(data)
+        whole = torch.zeros(part.shape[0], *size, device=part.device)
+        whole[(slice(None), *(slice(a, b) for a, b in zip(first, last)))] = part.as_tensor()
+        back = MetaTensor(whole).copy_meta_from(part)
+        back.affine = affine
+        return back
 
 
 class ResampleToGridd(MapTransform, InvertibleTransform):

@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 from bundle.data import Atlas, load_atlas
 from bundle.data.atlas import atlas_overlap
 from bundle.errors import InputError
-from bundle.transforms import AlignToAtlasd, ResampleToGrid
+from bundle.transforms import AlignToAtlasd, ResampleToGrid, alignment
 from bundle.transforms.alignment import register_to_atlas
 from tests.conftest import meta, write_nifti
 
@@ -117,3 +117,13 @@ def test_the_same_scan_is_aligned_the_same_way_twice(atlas):
     """Its random sampling is seeded, not by the clock."""
     first, second = (register_to_atlas(atlas.template, atlas.brain_mask, atlas) for _ in range(2))
     np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+@pytest.mark.parametrize(("turn", "fits"), [((1, 1, 1), 2), ((-1, -1, 1), 12)])
+def test_other_starts_are_tried_only_where_the_upright_one_does_not_fit(monkeypatch, turn, fits):
+    """A coarse fit and a fine one; of a head that is turned, nine more coarse ones, and one more fine one, too."""
+    atlas, made, fit = load_atlas(), [], alignment._optimise
+    monkeypatch.setattr(alignment, "_optimise", lambda *given: made.append(given) or fit(*given))
+    affine = np.diag([*turn, 1.0]) @ atlas.template.affine.numpy()
+    register_to_atlas(meta(atlas.template[0], affine), meta(atlas.brain_mask[0], affine), atlas)
+    assert len(made) == fits
