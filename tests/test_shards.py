@@ -213,7 +213,7 @@ def test_preparation(launch, cohort, tmp_path):
     recipe.parent.mkdir()
     recipe.write_text("images: {t1: '{subject}.nii.gz'}\nalignment: none\nsplits: {training: rest}\n")
     use = ("--source_dir", tmp_path / "raw", "--dataset", "folder", "--recipe#folder", recipe.parent)
-    use += ("--bias_field", "none", "--num_workers", 1, "--dataset_dir")
+    use += ("--bias_field", "none", "--num_workers", 0, "--dataset_dir")
     compare(launch, tmp_path / "out", "preparation", "prepare", *use, tmp_path / "out")
     assert len(json.loads((tmp_path / "out/datalist.json").read_text())["training"]) == 6
 

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -448,7 +448,7 @@ def prepare_cohort(
         preprocessing, settings, draw_alignment, atlas: see `Preparation`.
         draw_contact_sheet: called with the sheets' paths and the path to write; None draws none.
         seed: of the split.
-        num_workers: processes.
+        num_workers: processes; 0 takes this one, which a task with one core should.
         record: called with the folder and "preparation" before the work, see `bundle.command_line.record_run`.
         splits_file, dataset, fold: lists of people, which take the place of the recipe's splits; see `read_splits`.
         shard: part of the scans to do (`bundle.parallel.Shard`); whichever is done last writes the list of all.
@@ -482,8 +482,10 @@ def prepare_cohort(
     prepare = Preparation(folder, preprocessing, settings, draw_alignment, atlas)
     ours = part.share(scans)
     failures = [f"{s['image']}: {s['problem']}" for s in ours if "problem" in s]
-    with ProcessPoolExecutor(
-        max(1, num_workers), multiprocessing.get_context("spawn"), _set_up_worker, (prepare,)
+    with (
+        ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _set_up_worker, (prepare,))
+        if num_workers > 0
+        else ThreadPoolExecutor(1, initializer=_set_up_worker, initargs=(prepare,))
     ) as pool:
         futures = {pool.submit(_work, scan): scan for scan in ours if "problem" not in scan}
         for future in tqdm(as_completed(futures), total=len(futures), desc="preparing", unit="scan", file=sys.stdout):
