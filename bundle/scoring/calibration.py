@@ -193,7 +193,7 @@ class FitCalibration:
             content["voxel_mm3"] = own_voxel_mm3(output["image"], output.get("to_atlas"))
             content["person"] = str(output.get("person") or output.get("subject") or output["name"])
             self.records.write(output, content)
-            print(f"calibration: {output['name']}, healthy scan {engine.state.iteration}", flush=True)
+            print(f"calibration: {engine.state.iteration} healthy scans", flush=True)
 
     def finish(self, engine: Engine) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
