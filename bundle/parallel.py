@@ -87,13 +87,16 @@ class Shard:
 
     @classmethod
     def of(cls, text: str | Shard) -> Shard:
-        """Of ``3/40``, the third of forty; an empty text is the whole.
+        """Of ``3/40``, the third of forty; of ``torchrun``, this process' part of those that it started; an empty text
+        is the whole.
 
         Raises:
             InputError: anything else.
         """
         if isinstance(text, Shard):
             return text
+        if text == "torchrun" and {"RANK", "WORLD_SIZE"} <= set(os.environ):
+            text = f"{int(os.environ['RANK']) + 1}/{os.environ['WORLD_SIZE']}"
         match = re.fullmatch(r"(\d+)/(\d+)", str(text))
         if match and 1 <= int(match[1]) <= int(match[2]):
             return cls(int(match[1]) - 1, int(match[2]))

@@ -25,13 +25,16 @@ ROUNDS = int(os.environ.get("SHARD_ROUNDS", "0"))
 SHARDS, KILLS = (4, 2) if ROUNDS else (2, 1)
 
 
-def test_every_scan_belongs_to_one_shard():
+def test_every_scan_belongs_to_one_shard(monkeypatch):
     parts = [share(range(10), f"{k}/4") for k in (1, 2, 3, 4)]
     assert sorted(k for part in parts for k in part) == list(range(10)) and parts[2] == [2, 6]
     assert share("abc", "") == list("abc") and share("abc", "5/7") == [] and str(Shard.of("03/40")) == "3/40"
-    for wrong in ("0/4", "5/4", "x", "3", "1/0", "-1/4", "1/4/2"):
+    for wrong in ("torchrun", "0/4", "5/4", "x", "3", "1/0", "-1/4", "1/4/2"):
         with pytest.raises(InputError, match="such as 3/40"):
             Shard.of(wrong)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert str(Shard.of("torchrun")) == "3/4"
 
 
 @pytest.mark.parametrize("config", ["prepare", "inference", "calibrate", "evaluate"])
