@@ -146,9 +146,9 @@ def _check_type(name: str, value: Any, default: Any) -> None:
 
 
 def record_run(folder: str | Path, name: str, files: Sequence[str | Path] = (), **facts: Any) -> None:
-    """Keep in ``folder/run.json``, under ``name``, what is needed to do a run again: the merged config, versions, the
-    kind of machine, the code's revision, and hashes of the files it reads. No user's name, no home folder, no time of
-    day. Records of other names in the file are kept.
+    """Keep in ``folder/run.json``, under ``name``, what is needed to do a run again: the merged config, the same
+    for all shards, versions, the kind of machine, the code's revision, and hashes of the files it reads. No user's
+    name, no home folder, no time of day. Records of other names in the file are kept.
 
     Args:
         folder: of the results.
@@ -162,7 +162,7 @@ def record_run(folder: str | Path, name: str, files: Sequence[str | Path] = (), 
         known = run_records(folder)
     except InputError:
         known = {}  # a damaged record is replaced
-    config, overrides = configured()
+    config, overrides = ({k: v for k, v in told.items() if k != "shard"} for told in configured())
     parser = ConfigParser(config)
     if overrides:
         parser.update(overrides)

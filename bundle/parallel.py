@@ -1,10 +1,15 @@
-"""Several processes, one per GPU (or on the CPU, where that is wanted), started by ``torchrun``."""
+"""Several processes: one per GPU (or on the CPU, where that is wanted), started by ``torchrun``; or the tasks of a job
+array, which never speak to each other (``--shard 3/40``).
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import ignite.distributed as idist
 import torch
@@ -13,6 +18,8 @@ from monai.data import Dataset
 from torch import nn
 
 from bundle.errors import InputError
+
+T = TypeVar("T")
 
 
 def join_processes() -> None:
@@ -69,3 +76,46 @@ def gather(items: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, items)
     return list(chain.from_iterable(parts))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a run this process does: the ``number``-th (from 0) of ``total``."""
+
+    number: int = 0
+    total: int = 1
+
+    @classmethod
+    def of(cls, text: str | Shard) -> Shard:
+        """Of ``3/40``, the third of forty; of ``torchrun``, this process' part of those that it started; an empty text
+        is the whole.
+
+        Raises:
+            InputError: anything else.
+        """
+        if isinstance(text, Shard):
+            return text
+        if text == "torchrun" and {"RANK", "WORLD_SIZE"} <= set(os.environ):
+            text = f"{int(os.environ['RANK']) + 1}/{os.environ['WORLD_SIZE']}"
+        match = re.fullmatch(r"(\d+)/(\d+)", str(text))
+        if match and 1 <= int(match[1]) <= int(match[2]):
+            return cls(int(match[1]) - 1, int(match[2]))
+        if text:
+            raise InputError(f"--shard {text}: name a part and how many there are, such as 3/40; the first is 1/40")
+        return cls()
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Every ``total``-th of ``items``: neighbours, which are alike, go to different shards."""
+        return list(items)[self.number :: self.total]
+
+    def __bool__(self) -> bool:
+        """Whether there are others."""
+        return self.total > 1
+
+    def __str__(self) -> str:
+        return f"{self.number + 1}/{self.total}" if self else ""
+
+
+def share(items: Sequence[T], shard: str = "") -> list[T]:
+    """Those of ``items`` that belong to a shard, see `Shard`."""
+    return Shard.of(shard).share(items)

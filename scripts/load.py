@@ -2,6 +2,7 @@
 
     python scripts/load.py --scans 200               # copies of a phantom on a coarse grid; workers 0 and 2
     python scripts/load.py --volume 512 512 400      # peak memory of one whole head
+    python scripts/load.py --heads FLAIR.nii.gz      # scans per minute and core, with workers and with shards
 
 Linux only: memory and file handles are read from /proc.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -71,7 +74,7 @@ def many(number: int, folder: Path) -> None:
         shutil.copy(cohort / item["image"], folder / f"scans/{k:04d}.nii.gz")
     for workers in (0, 2):
         out = folder / f"out{workers}"
-        options = ("--output_dir", out, "--alignment", "none", "--dataloader#num_workers", workers)
+        options = ("--output_dir", out, "--alignment", "none", "--num_workers", workers)
         command = runner("inference", files["inference"], *use, folder / "scans", *options)
         rows, seconds, peak = watch(command, out / "summary.csv")
         late = rows[rows[:, 0] >= number // 5]  # caches are full by then
@@ -101,15 +104,77 @@ def large(shape: list[int], folder: Path) -> None:
     print((folder / "out/summary.csv").read_text().splitlines()[-1])
 
 
+def heads(scans: list[str], copies: int, folder: Path) -> None:
+    """Scans per minute of a folder of heads through the shipped weights, on one core and on all.
+
+    What counts is the time from the first scan's results to the last one's (of shards: of both, to the end), without
+    the start; memory is that of all processes, what they share counted once.
+    """
+    for k in range(copies):
+        for n, scan in enumerate(scans):
+            (folder / f"heads/{k}_{n}.nii.gz").parent.mkdir(exist_ok=True)
+            (folder / f"heads/{k}_{n}.nii.gz").symlink_to(Path(scan).resolve())
+    every, spent = sorted(os.sched_getaffinity(0)), 0.0
+    for cores, workers, shards in (
+        (1, 0, 1),
+        (len(every), 0, 1),
+        (len(every), 1, 1),
+        (len(every), 2, 1),
+        (len(every), 0, 2),
+    ):
+        out = folder / f"out_{cores}_{workers}_{shards}"
+        use = ("--dataset_dir", folder / "heads", "--output_dir", out, "--num_workers", workers)
+        commands = [
+            runner("inference", "configs/inference.json", *use, *(("--shard", f"{k}/{shards}") if shards > 1 else ()))
+            for k in range(1, shards + 1)
+        ]
+        environment = os.environ | {"OMP_NUM_THREADS": str(len(every[:cores]) // shards or 1)}
+        os.sched_setaffinity(0, every[:cores])
+        running = [subprocess.Popen(c, cwd=ROOT, stdout=subprocess.DEVNULL, env=environment) for c in commands]
+        times: dict[str, float] = {}
+        peak = 0.0
+        while any(process.poll() is None for process in running):
+            for done in out.glob("*/*_heatmap.nii.gz"):
+                times.setdefault(done.name, time.monotonic())
+            peak = max(peak, sum(proportional_mib(process.pid) for process in running))
+            time.sleep(0.2)
+        if any(process.returncode for process in running):
+            raise SystemExit("a run failed")
+        os.sched_setaffinity(0, every)
+        cpu = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seen = sorted(times.values())
+        rate = (len(seen) - shards) / (seen[-1] - seen[shards - 1]) * 60
+        before, spent = spent, cpu.ru_utime + cpu.ru_stime
+        print(
+            f"{cores} cores, {workers} workers, {shards} shards: {rate:.1f} scans a minute, "
+            f"{(spent - before) / len(seen):.0f} core seconds a scan, start included, peak {peak:.0f} MiB",
+            flush=True,
+        )
+
+
+def proportional_mib(pid: int) -> float:
+    """Memory of a process and its children, pages that several have divided among them."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        pages = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return int(pages.split("Pss:")[1].split()[0]) / 1024 + sum(proportional_mib(int(c)) for c in children)
+    except (OSError, IndexError):
+        return 0.0  # it has just ended
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scans", type=int, default=0)
     parser.add_argument("--volume", type=int, nargs=3)
+    parser.add_argument("--heads", nargs="+")
+    parser.add_argument("--copies", type=int, default=6)
     arguments = parser.parse_args()
-    if not arguments.scans and not arguments.volume:
-        parser.error("name what to load: --scans N, --volume X Y Z, or both")
+    if not arguments.scans and not arguments.volume and not arguments.heads:
+        parser.error("name what to load: --scans N, --volume X Y Z, --heads FILE")
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.scans:
             many(arguments.scans, Path(temporary))
         if arguments.volume:
             large(arguments.volume, Path(temporary))
+        if arguments.heads:
+            heads(arguments.heads, arguments.copies, Path(temporary))

@@ -25,7 +25,7 @@ Research only, not a medical device.
 Of each scan: its heatmap, the lesions (mask) and what was looked at (coverage), on the scan's own voxels; report.html
 shows them.
 """
-_IGNORED = ("summary.csv", "run.json", "report.html", "*_report.png", "*_report.html")
+_IGNORED = ("summary.csv", "run.json", "report.html", "*_report.png", "*_report.html", ".records/")
 _TOLD: dict[str, dict[str, Any]] = {
     "heatmap": {"Description": "healthy spreads above what is usual at the place of the atlas", "SkullStripped": True},
     "lesion": {"Type": "Lesion", "Description": "1 is lesion"},

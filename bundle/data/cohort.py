@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +24,7 @@ from monai.transforms import ResampleToMatch
 from tqdm import tqdm
 
 from bundle.errors import InputError, explain
+from bundle.parallel import Shard
 
 from .atlas import atlas_overlap, contrast_doubt, load_atlas
 from .bids import find_bids_scans
@@ -285,8 +286,24 @@ class Preparation:
     draw_alignment: Callable | None = None
     atlas: str | None = None
 
+    def record(self, scan: Mapping[str, str]) -> dict[str, Any]:
+        """What is known of a scan: its ``item``, or the ``failure`` of the last attempt; empty if it was never tried,
+        or is to be done again: of another file or with other settings, or its results are gone.
+        """
+        done = _read_record(self._file(scan))
+        files = [self.dataset_dir / done["item"][key] for key in VOLUME_KEYS if key in done.get("item", {})]
+        return done if done.get("made_from") == self._made_from(scan) and all(f.is_file() for f in files) else {}
+
+    def fail(self, scan: Mapping[str, str], failure: str) -> None:
+        """Keep for others that a scan was tried in vain."""
+        write_json(self._file(scan), {"failure": failure, "made_from": self._made_from(scan)})
+
+    def _file(self, scan: Mapping[str, str]) -> Path:
+        return self.dataset_dir / "records" / f"{scan['subject']}_{scan['contrast']}.json"
+
     def _made_from(self, scan: Mapping[str, str]) -> str:
-        files = {k: [Path(scan[k]).stat().st_size, Path(scan[k]).stat().st_mtime] for k in VOLUME_KEYS if k in scan}
+        there = {k: Path(scan[k]) for k in VOLUME_KEYS if k in scan and Path(scan[k]).exists()}
+        files = {k: [file.stat().st_size, file.stat().st_mtime] for k, file in there.items()}
         return hashlib.sha256(json.dumps([_FORMAT, dict(self.settings), files], sort_keys=True).encode()).hexdigest()
 
     def __call__(self, scan: Mapping[str, str]) -> dict[str, Any]:
@@ -297,10 +314,8 @@ class Preparation:
         The record is written last: where it and the files exist, the scan is done and not touched again.
         """
         name = f"{scan['subject']}_{scan['contrast']}"
-        record, made_from = self.dataset_dir / "records" / f"{name}.json", self._made_from(scan)
-        done = _read_record(record)
-        files = [self.dataset_dir / done["item"][key] for key in VOLUME_KEYS if key in done.get("item", {})]
-        if done.get("made_from") == made_from and all(f.is_file() for f in files):
+        made_from, done = self._made_from(scan), self.record(scan)
+        if "item" in done:
             return done["item"]
         data = self.preprocessing({key: scan[key] for key in VOLUME_KEYS if key in scan})
         atlas = load_atlas(self.atlas)
@@ -332,7 +347,7 @@ class Preparation:
             item["flags"] = "; ".join(filter(None, doubts))
         item["content"] = hashlib.sha256(data["image"].as_tensor().numpy().tobytes()).hexdigest()
         item["source"] = {k: os.path.relpath(scan[k], self.dataset_dir) for k in ("image", "label") if k in scan}
-        write_json(record, {"item": item, "made_from": made_from})
+        write_json(self._file(scan), {"item": item, "made_from": made_from})
         return item
 
 
@@ -398,11 +413,12 @@ def _set_up_worker(prepare: Preparation) -> None:
     _prepare = prepare
 
 
-def _work(scan: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
+def _work(scan: dict[str, str]) -> str:
     try:
-        return _prepare(scan), ""
+        _prepare(scan)
+        return ""
     except Exception as error:  # one broken scan must not stop the others; it is told at the end
-        return None, explain(error)
+        return explain(error)
 
 
 def prepare_cohort(
@@ -420,6 +436,7 @@ def prepare_cohort(
     splits_file: str | Path = "",
     dataset: str = "",
     fold: int = 0,
+    shard: str = "",
 ) -> Path:
     """Turn a cohort into a prepared dataset: volumes on the atlas grid, ``datalist.json`` and, in ``qc``, a sheet per
     scan and ``contact_sheet.png``, the worst aligned scans first. Resumable.
@@ -431,16 +448,18 @@ def prepare_cohort(
         preprocessing, settings, draw_alignment, atlas: see `Preparation`.
         draw_contact_sheet: called with the sheets' paths and the path to write; None draws none.
         seed: of the split.
-        num_workers: processes.
+        num_workers: processes; 0 takes this one, which a task with one core should.
         record: called with the folder and "preparation" before the work, see `bundle.command_line.record_run`.
         splits_file, dataset, fold: lists of people, which take the place of the recipe's splits; see `read_splits`.
+        shard: part of the scans to do (`bundle.parallel.Shard`); whichever is done last writes the list of all.
 
     Returns:
-        the ``datalist.json`` written.
+        the ``datalist.json`` of the dataset.
 
     Raises:
         InputError: nothing found; or, with exit code 3 and after the others are done, scans that failed.
     """
+    part = Shard.of(shard)
     if not source_dir or not dataset_dir:
         raise InputError("name the cohort with --source_dir and the result with --dataset_dir")
     if not Path(source_dir).is_dir():
@@ -455,35 +474,60 @@ def prepare_cohort(
     else:
         section = {s["person"]: s["section"] for s in scans if "section" in s} or split_people(recipe, people, seed)
     scans = [s for s in scans if s["person"] in section]
-    claim_folder(folder)
+    claim_folder(folder, part)
     _require_own_list(folder, Path(source_dir))
     if record:
         record(folder, "preparation")
     settings = {**(settings or {}), "alignment": recipe.alignment, "close_mm": recipe.close_mm}
     prepare = Preparation(folder, preprocessing, settings, draw_alignment, atlas)
-    datalist: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
-    failures = [f"{s['image']}: {s['problem']}" for s in scans if "problem" in s]
-    with ProcessPoolExecutor(
-        max(1, num_workers), multiprocessing.get_context("spawn"), _set_up_worker, (prepare,)
+    ours = part.share(scans)
+    failures = [f"{s['image']}: {s['problem']}" for s in ours if "problem" in s]
+    with (
+        ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), _set_up_worker, (prepare,))
+        if num_workers > 0
+        else ThreadPoolExecutor(1, initializer=_set_up_worker, initargs=(prepare,))
     ) as pool:
-        futures = {pool.submit(_work, scan): scan for scan in scans if "problem" not in scan}
+        futures = {pool.submit(_work, scan): scan for scan in ours if "problem" not in scan}
         for future in tqdm(as_completed(futures), total=len(futures), desc="preparing", unit="scan", file=sys.stdout):
             scan = futures[future]
             try:
-                item, failure = future.result()
+                failure = future.result()
             except BrokenProcessPool:
-                item, failure = None, "its process was killed (out of memory?); run again with --num_workers 1"
-            if item is None:
+                failure = "its process was killed (out of memory?); run again with --num_workers 1"
+            if failure:
+                prepare.fail(scan, failure)
                 failures.append(f"{scan['image']}: {failure}")
-                continue
-            if "label" in item and recipe.ignored_labels:
-                item["ignored_labels"] = recipe.ignored_labels
-            datalist[section[scan["person"]]].append(item)
+    known = [(scan, prepare.record(scan)) for scan in scans if "problem" not in scan]
+    changed = [scan for scan, record in known if not record and scan in ours]
+    failures += [f"{scan['image']}: was changed while it was prepared; run again" for scan in changed]
+    left, file = sum(not record for _, record in known), folder / "datalist.json"
+    if left and part:
+        print(f"shard {part} is done; {left} of {len(scans)} scans are left to others, the last of whom writes {file}")
+    else:
+        items = [(section[scan["person"]], record["item"]) for scan, record in known if "item" in record]
+        _write_datalist(file, items, recipe.ignored_labels, draw_contact_sheet)
+    if failures:
+        raise InputError("; ".join([f"{len(failures)} of {len(ours)} scans failed", *failures]), exit_code=3)
+    return file
+
+
+def _write_datalist(
+    file: Path,
+    prepared: Iterable[tuple[str, dict[str, Any]]],
+    ignored_labels: list[int],
+    draw_contact_sheet: Callable | None,
+) -> None:
+    """Make the list of (section, item) of all scans, and the contact sheet; tell what there is."""
+    folder = file.parent
+    datalist: dict[str, list[dict[str, Any]]] = {name: [] for name in SECTIONS}
+    for section, item in prepared:
+        if "label" in item and ignored_labels:
+            item["ignored_labels"] = ignored_labels
+        datalist[section].append(item)
     for items in datalist.values():
         items.sort(key=lambda i: i["image"])
     _drop_duplicates(datalist)
     everyone = sorted((i for items in datalist.values() for i in items), key=lambda i: i["atlas_overlap"])
-    file = folder / "datalist.json"
     write_json(file, {name: items for name, items in datalist.items() if items})
     print(f"{file}: " + ", ".join(f"{len(items)} {name}" for name, items in datalist.items() if items))
     if everyone:
@@ -499,6 +543,3 @@ def prepare_cohort(
     for item in everyone:
         if "flags" in item:
             print(f"{item['subject']} ({item['contrast']}): flagged: {item['flags']}")
-    if failures:
-        raise InputError("; ".join([f"{len(failures)} of {len(scans)} scans failed", *failures]), exit_code=3)
-    return file

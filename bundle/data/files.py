@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,48 +80,99 @@ def share(path: Path) -> None:
 
 
 _claims: list[FileLock] = []
+_PATIENCE = 60  # seconds that a shard waits while others come or go
 
 
-def claim_folder(folder: str | Path) -> None:
-    """Make this process the only one that writes to ``folder`` until it ends, and remove what killed ones left half
-    done; but not in a folder below in which another run may be. Of several processes of one run, the first does it for
-    all.
+def claim_folder(folder: str | Path, shard: Any = "") -> None:
+    """Make this run the only one that writes to ``folder`` until it ends, and remove what killed ones left half done;
+    but not in a folder below in which another run may be. Of several processes of one run, the first does it for all;
+    shards of one run (``3/40``) share the folder, each number once. What this process has claimed stays so.
 
     Raises:
         InputError: another run is writing there, or the folder cannot be written to.
     """
     if not is_main():
         return
-    folder = Path(folder)
-    lock = FileLock(folder.resolve() / ".lock", timeout=0)
-    if any(claim.lock_file == lock.lock_file for claim in _claims):
+    root, (number, _, total) = Path(folder).resolve(), str(shard).partition("/")
+    if any(Path(claim.lock_file).parent == root for claim in _claims):
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        root.mkdir(parents=True, exist_ok=True)
+        if not total:
+            _claims.append(_enter(root, 0))
+            return
+        gate = _enter(root, _PATIENCE, total)
+        own = FileLock(root / f".shard-{number}-of-{total}.lock", timeout=0)
+        try:
+            own.acquire()
+        finally:
+            _leave(gate)
+        _claims.append(own)
     except Timeout as error:
         raise InputError(
             f"{folder}: another run is writing there; wait for it or choose another output folder"
         ) from error
     except OSError as error:
-        raise unwritable(folder, error) from error
-    _claims.append(lock)
-    for left in [*folder.rglob(".partial-*"), *folder.rglob(".replaced-*")]:
-        if any((parent / ".lock").exists() for parent in left.parents if folder in parent.parents):
-            continue
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+        raise unwritable(Path(folder), error) from error
+
+
+def _enter(root: Path, patience: float, total: str = "") -> FileLock:
+    """The lock of a folder, which a single run holds to its end and a shard while it comes and goes; others of
+    ``total`` shards may be there. If none is, what killed runs have left half done is removed.
+    """
+    gate = FileLock(root / ".lock", timeout=patience)
+    gate.acquire()
+    others = []
+    for file in root.glob(".shard-*.lock"):
+        lock = FileLock(file, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            others.append(file)
         else:
-            left.unlink(missing_ok=True)
+            _leave(lock)  # of one that was killed
+    if any(not total or not other.match(f"*-of-{total}.lock") for other in others):
+        _leave(gate)
+        raise Timeout(gate.lock_file)
+    if not others:
+        for left in [*root.rglob(".partial-*"), *root.rglob(".replaced-*")]:
+            if any(next(parent.glob(".*lock"), None) for parent in left.parents if root in parent.parents):
+                continue
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+    return gate
+
+
+def _leave(lock: FileLock) -> None:
+    Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who waits for it looks whether it is still there
+    lock.release()
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Wait until no other shard is in such a block, and keep others waiting: for what one does for all of them."""
+    lock = FileLock(Path(folder).resolve() / ".merge.lock")
+    lock.acquire()
+    try:
+        yield
+    finally:
+        _leave(lock)
 
 
 @atexit.register
 def release_claims() -> None:
-    """Let others write to the folders that `claim_folder` has claimed; done by itself when the process ends."""
+    """Let others write to the folders that `claim_folder` has claimed; done by itself when the process ends. The last
+    shard to go removes what killed ones have left half done.
+    """
     while _claims:
         lock = _claims.pop()
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+        root, name = Path(lock.lock_file).parent, Path(lock.lock_file).stem
+        _leave(lock)
+        if "-of-" in name:
+            with suppress(OSError, Timeout):  # others are at work
+                _leave(_enter(root, _PATIENCE, name.split("-of-")[1]))
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -23,10 +23,11 @@ from scipy import ndimage
 from torch import nn
 
 from bundle.data.datalist import CHAIN
-from bundle.data.files import claim_folder, of_contrast, read_json, write_json
+from bundle.data.files import alone_in, claim_folder, of_contrast, read_json, write_json
 from bundle.data.population import coarse_affine, coarsening, read_maps, write_maps
 from bundle.errors import InputError
 from bundle.networks import load_weights
+from bundle.parallel import Shard
 from bundle.scoring import require_model
 from bundle.scoring.calibration_file import DAMAGE, model_hash
 from bundle.transforms.sampling import slice_position
@@ -211,9 +212,11 @@ def fit_embedding(
     contrast: str,
     grid: Mapping[str, Any],
     device: torch.device | str = "cpu",
+    shard: str = "",
 ) -> None:
     """Fit an `Embedding` to healthy scans, one after the other, and write it, unless that of the same scans and model
-    lies there already. Does nothing for a network without ``embed``, or with fewer than three scans.
+    lies there already: of several shards the first does it, and the others wait. Does nothing for a network without
+    ``embed``, or with fewer than three scans.
 
     Args:
         dataset: ``image`` ``[1, H, W, D]``, normalised: of other people than those of the calibration.
@@ -223,6 +226,7 @@ def fit_embedding(
         model_file, contrast: of the model; its hash is stored.
         grid: ``spacing``; all is stored.
         device: of the network.
+        shard: of the run, see `bundle.parallel.Shard`.
 
     Raises:
         InputError: there is no model.
@@ -233,10 +237,24 @@ def fit_embedding(
     if len(dataset) < _FEWEST:
         print(f"no embedding: it needs at least {_FEWEST} healthy scans, got {len(dataset)}", flush=True)
         return
-    claim_folder(Path(path).parent)
+    claim_folder(Path(path).parent, Shard.of(shard))
+    with alone_in(Path(path).parent):
+        _fit(dataset, network, inferer, Path(path), model_file, contrast, grid, device)
+
+
+def _fit(
+    dataset: Sequence[Mapping[str, Any]],
+    network: nn.Module,
+    inferer: PatchLocationInferer,
+    path: Path,
+    model_file: str | Path,
+    contrast: str,
+    grid: Mapping[str, Any],
+    device: torch.device | str,
+) -> None:
     listed = [str(item.get("image")) for item in getattr(dataset, "data", [])]
     made_from = hashlib.sha256(json.dumps([model_hash(model_file, contrast), dict(grid), listed]).encode()).hexdigest()
-    if listed and Path(path).is_file() and read_json(path, "embedding").get("made_from") == made_from:
+    if listed and path.is_file() and read_json(path, "embedding").get("made_from") == made_from:
         print(f"{path}: of the same model and scans already", flush=True)
         return
     load_weights(network, model_file)

@@ -15,7 +15,8 @@ from bundle.errors import explain
 
 
 class ScanDataset(Dataset):
-    """A dataset in which a scan that cannot be read or prepared becomes ``{"name", "failure"}`` instead of an error.
+    """A dataset in which a scan that cannot be read or prepared becomes ``{"name", "failure"}``, with its ``purpose``
+    if it has one, instead of an error.
 
     Args:
         data: items with a ``name`` each.
@@ -29,16 +30,20 @@ class ScanDataset(Dataset):
         try:
             return super()._transform(index)
         except Exception as error:  # whatever is wrong with this scan, the others go on
-            return {"name": self.data[index]["name"], "failure": explain(error)}
+            return {**_who(self.data[index]), "failure": explain(error)}
+
+
+def _who(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item[key] for key in ("name", "purpose") if key in item}
 
 
 class ScanEvaluator(SupervisedEvaluator):
     """MONAI's evaluator, one scan at a time, that goes on when a scan fails.
 
     After each iteration ``state.output`` is a list of one dictionary: the scan's results, or ``name`` and ``failure``
-    (one line). Failures of the dataset must come as from `ScanDataset`. With no scan at all, only the handlers of start
-    and end are called. What a scan leaves behind is freed before the next one: its volumes refer to each other in
-    circles, and hold memory, and one open file each where a worker process made them, until Python looks for circles.
+    (one line), as `ScanDataset` has them. With no scan at all, only the handlers of start and end are called. What a
+    scan leaves behind is freed before the next one: its volumes refer to each other in circles, and hold memory, and
+    one open file each where a worker process made them, until Python looks for circles.
     """
 
     def run(self, *args: Any, **kwargs: Any) -> None:
@@ -54,12 +59,12 @@ class ScanEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, torch.Tensor]) -> dict:
         gc.collect()
-        name = batchdata["name"][0]
+        who = {key: value[0] for key, value in _who(batchdata).items()}
         if "failure" in batchdata:
-            engine.state.output = [{"name": name, "failure": batchdata["failure"][0]}]
+            engine.state.output = [{**who, "failure": batchdata["failure"][0]}]
             return engine.state.output
         try:
             return super()._iteration(engine, batchdata)
         except Exception as error:
-            engine.state.output = [{"name": name, "failure": explain(error)}]
+            engine.state.output = [{**who, "failure": explain(error)}]
             return engine.state.output

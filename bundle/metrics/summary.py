@@ -37,6 +37,17 @@ class Case:
     purpose: str
     methods: Mapping[str, CaseMeasures]
 
+    @classmethod
+    def of(cls, record: Case | Mapping[str, Any]) -> Case:
+        """A case, or one that was read from a record (`bundle.shards.from_bytes`)."""
+        if isinstance(record, Case):
+            return record
+        measures = {
+            name: CaseMeasures(**{**part, "curve": ScoreCurve(**part["curve"])})
+            for name, part in record["methods"].items()
+        }
+        return cls(**{**record, "methods": measures})
+
 
 def number(value: float) -> float | None:
     """For JSON: None instead of what is no number (a figure that is not defined)."""

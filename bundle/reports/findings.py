@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import numpy as np
 from ignite.engine import Engine, Events
 
 import bundle
-from bundle.command_line import impersonal, record_run, run_records
+from bundle.command_line import impersonal, record_run
 from bundle.data.bids import begin_derivative, result_path, sidecar
 from bundle.data.dicom_seg import HINT, has_highdicom, write_segmentation
 from bundle.data.files import (
     AUTO,
+    alone_in,
     claim_folder,
     is_there,
     nifti_header,
@@ -34,8 +35,9 @@ from bundle.data.files import (
 )
 from bundle.data.formats import RESULT_ENDINGS, dicom_files, is_dicom_scan, result_ending, write_result
 from bundle.errors import InputError, explain
-from bundle.parallel import gather, is_main
+from bundle.parallel import Shard, gather, is_main
 from bundle.scoring import PARTS, CalibrationFile, FindLesionsd
+from bundle.shards import Records
 from bundle.transforms import normative_file
 
 from .figure import draw_report, heat_scale
@@ -86,16 +88,6 @@ def calibration_files(calibration: CalibrationFile) -> list[str | Path]:
     return files
 
 
-def _scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:
-    """Place (its hash: paths may tell names), size and time of each file of a scan: another file of the same name is
-    another scan.
-    """
-    files = {key: Path(value).resolve() for key, value in scan.items() if isinstance(value, str) and key != "name"}
-    there = {key: file for key, file in sorted(files.items()) if file.exists()}
-    places = {key: hashlib.sha256(os.fsencode(file)).hexdigest()[:16] for key, file in there.items()}
-    return {key: [places[key], file.stat().st_size, file.stat().st_mtime_ns] for key, file in there.items()}
-
-
 def finished_scans(
     scans: Sequence[Mapping[str, Any]],
     output_dir: str | Path,
@@ -108,26 +100,18 @@ def finished_scans(
     """
     if overwrite or not scans:
         return {}
-    rows, known = _earlier_results(Path(output_dir), run_facts(settings, calibration))
-    names = [scan["name"] for scan in scans if known.get(scan["name"]) == _scan_facts(scan)]
-    return {name: rows[name] for name in names if name in rows}
+    records = Records(output_dir, scans, made_from=run_facts(settings, calibration), keep=True)
+    rows = _valid(output_dir, map(records.read, scans))
+    return {row["name"]: row for row in rows if is_done(row)}
 
 
-def _earlier_results(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Of the scans whose results lie in ``folder`` and are of the same ``facts`` (`run_facts`): rows of ``summary.csv``
-    by name, and facts of their files by name.
-    """
-    record = run_records(folder).get("inference", {})
-    if record.get("settings") != facts or not (folder / "summary.csv").is_file():
-        return {}, {}
-    with (folder / "summary.csv").open(newline="") as table:
-        rows = {row["name"]: row for row in csv.DictReader(table) if row.get("name") and is_done(row)}
-    there = {
-        name: row
-        for name, row in rows.items()
-        if any(result_path(folder, name, f"heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
-    }
-    return there, {name: known for name, known in record.get("scans", {}).items() if name in there}
+def _valid(output_dir: str | Path, rows: Iterable[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    """Those of the rows in the scans' records whose results are still there, or that tell of a failure."""
+
+    def there(name: str) -> bool:
+        return any(result_path(output_dir, name, f"heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
+
+    return [row for row in rows if row and (not is_done(row) or there(row["name"]))]
 
 
 class SaveFindings:
@@ -156,6 +140,7 @@ class SaveFindings:
         settings: that the results depend on; kept in ``run.json``, see `run_facts`.
         scans: all that the run is about, finished or not.
         finished: rows of `finished_scans`.
+        shard: which of them this process sees, see `bundle.parallel.Shard`. The table is of all that are done by then.
     """
 
     def __init__(
@@ -166,12 +151,16 @@ class SaveFindings:
         settings: Mapping[str, Any] | None = None,
         scans: Sequence[Mapping[str, Any]] = (),
         finished: Mapping[str, dict[str, Any]] | None = None,
+        shard: str = "",
     ) -> None:
         self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
         self.settings, self.scans, self.finished = settings or {}, scans, finished or {}
         self.rows: list[dict[str, Any]] = []
         self.others: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
+        self.by_name = {scan["name"]: scan for scan in scans}
+        self.shard = Shard.of(shard)
+        self.records: Records | None = None
         self.begun = self.started = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
@@ -185,30 +174,36 @@ class SaveFindings:
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
         for contrast in self.find_lesions.calibration.each():
             self.find_lesions.threshold(contrast=contrast)
-        for scan in self.scans:
+        for scan in self.shard.share(self.scans):
             _require_ours(self.output_dir / scan["name"])
         sources = [str(scan["image"]).removesuffix(scan["bids"]) for scan in self.scans if "bids" in scan]
         if sources:
             begin_derivative(self.output_dir, impersonal(Path(os.path.relpath(sources[0], self.output_dir)).as_posix()))
-        claim_folder(self.output_dir)
+        claim_folder(self.output_dir, self.shard)
+        facts = self.facts = run_facts(self.settings, self.find_lesions.calibration)
+        self.records = Records(self.output_dir, self.scans, self.shard, made_from=facts, keep=True)
         if is_main():
-            facts = self.facts = run_facts(self.settings, self.find_lesions.calibration)
-            scans = {scan["name"]: _scan_facts(scan) for scan in self.scans}
-            rows, known = _earlier_results(self.output_dir, facts)
-            self.others = [row for name, row in rows.items() if name not in scans]
-            scans = {**{name: known[name] for name in known if name not in scans}, **scans}
-            self._write_table(list(self.finished.values()))
+            self.others = [row for row in _valid(self.output_dir, self.records.others()) if is_done(row)]
+            self._write_table()
             files = calibration_files(self.find_lesions.calibration)
-            record_run(self.output_dir, "inference", files, settings=facts, scans=scans)
+            record_run(self.output_dir, "inference", files, settings=facts)
             if any(is_dicom_scan(scan["image"]) for scan in self.scans) and not has_highdicom():
                 print(HINT)
             for name in self.finished:
                 print(f"{name}: done before, with the same settings")
             print(f"{self.total} of {len(self.scans)} scans to look at, results go to {self.output_dir}", flush=True)
 
-    def _write_table(self, rows: list[dict[str, Any]]) -> None:
-        write_table(self.output_dir / "summary.csv", [*self.others, *rows], COLUMNS)
-        write_overview(self.output_dir / "report.html", [*self.others, *rows], self.facts)
+    def _write_table(self) -> list[dict[str, Any]]:
+        """Write what is known by now, and return it: of other scans in the folder, then of the run's in their order."""
+        with alone_in(self.output_dir):
+            rows = [*self.finished.values(), *self.rows]
+            if self.records and self.shard:
+                rows = _valid(self.output_dir, map(self.records.read, self.scans))
+            place = {name: k for k, name in enumerate(self.by_name)}
+            rows = [*self.others, *sorted(rows, key=lambda row: place.get(row["name"], 0))]
+            write_table(self.output_dir / "summary.csv", rows, COLUMNS)
+            write_overview(self.output_dir / "report.html", rows, self.facts)
+        return rows
 
     def start_clock(self, engine: Engine) -> None:
         self.started = time.monotonic()
@@ -218,6 +213,9 @@ class SaveFindings:
             failure = output.get("failure")
             name = output["name"] if failure else batch["name"]
             row: dict[str, Any] = {"name": name, "status": f"failed: {failure}"}
+            scan = self.by_name.get(name)
+            if self.records and scan:
+                self.records.remove(scan)
             if not failure:
                 data = {**batch, **output}
                 status = f"flagged: {data['flags']}" if data.get("flags") else "ok"
@@ -234,8 +232,10 @@ class SaveFindings:
                 _remove_results(self.output_dir, name)
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
-            if is_main():
-                self._write_table([*self.finished.values(), *self.rows])
+            if self.records and scan:
+                self.records.write(scan, row)
+            if is_main() and not self.shard:  # shards would rewrite each other's table all the time
+                self._write_table()
             told = row["status"] if failure else f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml"
             told += "" if failure or row["status"] == "ok" else f", {row['status']}"
             done = len(self.rows)
@@ -304,18 +304,20 @@ class SaveFindings:
         return path if folder is None else folder / path.name
 
     def finish(self, engine: Engine) -> None:
-        self.rows = [*self.finished.values(), *gather(self.rows)]
-        failed = [r for r in self.rows if not is_done(r)]
+        self.rows = gather(self.rows)
         if not is_main():  # one process tells it all
             return
-        self._write_table(self.rows)
-        widths = [max(len(str(r.get(c, ""))) for r in (*self.rows, dict(zip(COLUMNS, COLUMNS)))) for c in COLUMNS]
-        for row in (dict(zip(COLUMNS, COLUMNS)), *self.rows):
+        everyone, ours = self._write_table(), {scan["name"] for scan in self.shard.share(self.scans)}
+        rows = [r for r in everyone if r["name"] in ours]
+        failed = [r for r in rows if not is_done(r)]
+        widths = [max(len(str(r.get(c, ""))) for r in (*rows, dict(zip(COLUMNS, COLUMNS)))) for c in COLUMNS]
+        for row in (dict(zip(COLUMNS, COLUMNS)), *rows):
             print("  ".join(str(row.get(c, "")).ljust(w) for c, w in zip(COLUMNS, widths)).rstrip())
-        print(f"{self.output_dir / 'summary.csv'}: {len(self.rows) - len(failed)} of {len(self.rows)} scans done")
+        told = f"{self.output_dir / 'summary.csv'}: {len(rows) - len(failed)} of {len(rows)} scans done"
+        print(told + (f" by shard {self.shard}; it tells of {len(everyone)} scans" if self.shard else ""))
         if failed:
             lines = [f"{r['name']}: {r['status']}" for r in failed]
-            raise InputError("; ".join(lines), exit_code=2 if len(failed) == len(self.rows) else 3)
+            raise InputError("; ".join(lines), exit_code=2 if len(failed) == len(rows) else 3)
 
 
 def is_done(row: Mapping[str, Any]) -> bool:

@@ -15,8 +15,9 @@ from bundle.command_line import record_run
 from bundle.data.files import claim_folder, write_json
 from bundle.errors import InputError
 from bundle.metrics import CASE_METRICS, Case, measure_methods, summarise
-from bundle.parallel import gather, is_main
+from bundle.parallel import is_main
 from bundle.scoring import FindLesionsd
+from bundle.shards import Records
 
 from .figure import heat_scale
 from .findings import as_list, calibration_files, write_table
@@ -39,14 +40,20 @@ class SaveMetrics:
         find_lesions: the transform that cuts the heatmap; tells score and threshold.
         settings: what else made the numbers, kept with them.
         total: number of scans, for the progress line.
+        records: of all scans; while other shards have some to do, no figures are written.
     """
 
-    def __init__(self, output_dir: str, find_lesions: FindLesionsd, settings: Mapping[str, Any], total: int) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        find_lesions: FindLesionsd,
+        settings: Mapping[str, Any],
+        total: int,
+        records: Records,
+    ) -> None:
         self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
-        self.settings = dict(settings)
-        self.cases: list[Case] = []
-        self.strips: list[Strip] = []
-        self.failures: list[str] = []
+        self.settings, self.records = dict(settings), records
+        self.done, self.failures = 0, list[str]()
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -54,25 +61,27 @@ class SaveMetrics:
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def start(self, engine: Engine) -> None:
-        self.cases, self.strips, self.failures = [], [], []
+        self.done, self.failures = 0, []
         self.find_lesions.threshold()  # a threshold that does not exist is told before the work
-        claim_folder(self.output_dir)
+        claim_folder(self.output_dir, self.records.shard)
 
     def collect(self, engine: Any) -> None:
         for batch, output in zip(as_list(engine.state.batch), engine.state.output):
+            self.done += 1
             if "failure" in output:
                 self.failures.append(f"{output['name']}: failed: {output['failure']}")
+                self.records.write(output, {"failure": self.failures[-1]})
                 print(self.failures[-1], flush=True)
                 continue
             data = {key: value for key, value in {**batch, **output}.items() if value is not None}
             name, purpose = data["name"], data["purpose"]
             person = data.get("person", data.get("subject", name))
-            self.cases.append(Case(name, person, purpose, measure_methods(data, self.find_lesions.score)))
+            case = Case(name, person, purpose, measure_methods(data, self.find_lesions.score))
             if purpose == "test":
-                self.strips.append(Strip.of(data))
                 self._write_page(name, data)
+            self.records.write(data, {"case": case, "strip": Strip.of(data) if purpose == "test" else None})
             doubt = f", flagged: {data['flags']}" if data.get("flags") else ""
-            print(f"[{len(self.cases) + len(self.failures)}/{self.total}] {purpose}: {name}{doubt}", flush=True)
+            print(f"[{self.done}/{self.total}] {purpose}: {name}{doubt}", flush=True)
 
     def _write_page(self, name: str, data: Mapping[str, Any]) -> None:
         """``cases/NAME.html``: the viewer of a case, where the metrics are taken, with its true lesions."""
@@ -89,7 +98,15 @@ class SaveMetrics:
         )
 
     def finish(self, engine: Any) -> None:
-        cases, strips, failures = gather(self.cases), gather(self.strips), gather(self.failures)
+        contents = self.records.all()
+        if contents is None:
+            if self.failures:
+                raise InputError("; ".join(self.failures), exit_code=3)
+            return
+        failures = [content["failure"] for content in contents if "failure" in content]
+        cases = [Case.of(content["case"]) for content in contents if "case" in content]
+        strips = [content["strip"] for content in contents if content.get("strip")]
+        strips = [strip if isinstance(strip, Strip) else Strip(**strip) for strip in strips]
         if not any(c.purpose == "test" for c in cases):
             raise InputError("; ".join(failures))
         score = self.find_lesions.score

@@ -18,6 +18,7 @@ from bundle.data.files import claim_folder
 from bundle.data.own_volume import own_voxel_mm3
 from bundle.data.population import coarse_affine, coarsen, coarsening, population_maps
 from bundle.errors import InputError
+from bundle.shards import Records
 from bundle.transforms.normative import MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
 
 from .calibration_file import map_hashes, model_hash, save_calibration
@@ -141,7 +142,7 @@ def _own_normative(images: Sequence[torch.Tensor], spacing: float) -> NormativeM
 
 
 class FitCalibration:
-    """Handler: collect the anomaly channels of every scan an evaluator sees; at the end fit, save, and say so.
+    """Handler: collect the anomaly channels of every scan a `ScanEvaluator` sees; at the end fit, save, and say so.
 
     Args:
         path: of the calibration (JSON).
@@ -150,6 +151,10 @@ class FitCalibration:
         contrast, smoothing_mm, filter_mm, fusion, location: see `fit_calibration`.
         maps: keys of other methods' maps; those that the scans have are calibrated too.
         paper: the channels are `paper_channels`: keep the thresholds of the paper's scores, too.
+        records: of all scans; while other shards have some to do, nothing is fitted.
+
+    Raises:
+        InputError: a scan that fails; several processes of ``torchrun``.
     """
 
     def __init__(
@@ -158,6 +163,7 @@ class FitCalibration:
         model_file: str,
         contrast: str,
         grid: Mapping[str, Any],
+        records: Records,
         smoothing_mm: float = 4.0,
         filter_mm: float = 3.0,
         fusion: Fusion | None = None,
@@ -168,35 +174,37 @@ class FitCalibration:
         self.path, self.model_file, self.contrast, self.grid = path, model_file, contrast, dict(grid)
         self.smoothing_mm, self.filter_mm, self.fusion = smoothing_mm, filter_mm, fusion
         self.paper, self.location = paper, location
-        self.maps: dict[str, list[torch.Tensor]] = {name: [] for name in maps}
-        self.channels: list[torch.Tensor] = []
-        self.images: list[torch.Tensor] = []
-        self.persons: list[str] = []
-        self.voxel_mm3: list[float] = []
-        self.affine = np.eye(4)
+        self.maps, self.records = maps, records
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, lambda _: claim_folder(Path(self.path).parent))
+        engine.add_event_handler(Events.STARTED, lambda _: claim_folder(Path(self.path).parent, self.records.shard))
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.collect)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 
     def collect(self, engine: Any) -> None:
+        for output in engine.state.output:
+            if "failure" in output:
+                raise InputError(f"{output['name']}: {output['failure']}")
         for batch, output in zip(engine.state.batch, engine.state.output):
             output = {**batch, **output}
-            self.affine = np.asarray(output["image"].affine)
-            self.channels.append(output["pred"].as_tensor().cpu())
-            self.images.append(output["image"].as_tensor().cpu())
-            self.voxel_mm3.append(own_voxel_mm3(output["image"], output.get("to_atlas")))
-            self.persons.append(str(output.get("person") or output.get("subject") or len(self.images)))
-            for name, volumes in self.maps.items():
-                if name in output:
-                    volumes.append(output[name].as_tensor().cpu())
-        print(f"calibration: {len(self.images)} healthy scans", flush=True)
+            volumes = {"channels": "pred", "image": "image", **{name: name for name in self.maps if name in output}}
+            content = {name: output[key].as_tensor().cpu().contiguous() for name, key in volumes.items()}
+            content["affine"] = np.asarray(output["image"].affine)
+            content["voxel_mm3"] = own_voxel_mm3(output["image"], output.get("to_atlas"))
+            content["person"] = str(output.get("person") or output.get("subject") or output["name"])
+            self.records.write(output, content)
+            print(f"calibration: {engine.state.iteration} healthy scans", flush=True)
 
     def finish(self, engine: Engine) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
             raise InputError("a calibration is fitted by one process: leave out the multi_gpu config")
-        maps = {name: volumes for name, volumes in self.maps.items() if len(volumes) == len(self.images)}
+        scans = self.records.all()
+        if scans is None:
+            return
+        channels, images, persons, voxel_mm3 = (
+            [scan[key] for scan in scans] for key in ("channels", "image", "person", "voxel_mm3")
+        )
+        maps = {name: [scan[name] for scan in scans] for name in self.maps if all(name in scan for scan in scans)}
         provenance = {
             "chain": CHAIN,
             "model_sha256": model_hash(self.model_file, self.contrast),
@@ -206,8 +214,8 @@ class FitCalibration:
             "filter_mm": self.filter_mm,
         }
         calibration = fit_calibration(
-            self.channels,
-            self.images,
+            channels,
+            images,
             self.contrast,
             self.grid["spacing"],
             self.smoothing_mm,
@@ -216,17 +224,17 @@ class FitCalibration:
             maps,
             self.fusion,
             load_normative(normative_file(Path(self.model_file).parent, self.contrast)),
-            self.persons,
-            self.voxel_mm3,
+            persons,
+            voxel_mm3,
             self.location,
         )
         if self.paper:
-            paper = paper_quantiles(self.channels, self.images, QUANTILES)
+            paper = paper_quantiles(channels, images, QUANTILES)
             calibration = replace(calibration, quantiles={**calibration.quantiles, **paper})
-        affine = coarse_affine(self.affine, coarsening(self.grid["spacing"], LATTICE_MM))
+        affine = coarse_affine(scans[-1]["affine"], coarsening(self.grid["spacing"], LATTICE_MM))
         save_calibration(calibration, self.path, affine)
         record_run(Path(self.path).parent, f"calibration {self.contrast}", [self.model_file])
         points = ", ".join(
             f"{n} {t:.2f}" for n, t in calibration.points["fusion" if self.fusion else "location"].items()
         )
-        print(f"{self.path}: fitted to {len(self.images)} scans; thresholds: {points}", flush=True)
+        print(f"{self.path}: fitted to {len(scans)} scans; thresholds: {points}", flush=True)

@@ -170,7 +170,7 @@ class CalibrationFile:
         fusion_rule: str | None = None,
         fusion_weights: Mapping[str, float] | None = None,
     ) -> None:
-        self.path, self.model_file, self.grid = path, model_file, grid
+        self.path, self.model_file, self.grid = str(Path(path)), model_file, grid
         self.fusion_rule, self.fusion_weights = fusion_rule, fusion_weights
         self._loaded: Calibration | None = None
         self._each: dict[str, CalibrationFile] = {}

@@ -187,7 +187,7 @@ def test_preparation_through_the_runner(tmp_path, grid_file):
     assert ((image.get_fdata() > 0) == (np.asarray(mask.dataobj) > 0)).all()
     sheets = {f.name for f in (out / "qc").iterdir()}
     assert sheets == {"a_t1.png", "b_t1.png", "contact_sheet.png"}
-    assert not list(out.rglob(".partial*")) and not list(out.rglob("c_t1*"))
+    assert not list(out.rglob(".partial*")) and list(out.rglob("c_t1*")) == [out / "records/c_t1.json"]
 
     before = {f: f.stat().st_mtime_ns for f in (out / "images").iterdir()}
     write_nifti(source / "c_t1.nii.gz", brain * 2, affine)  # the same scan again would be dropped as a duplicate

@@ -21,7 +21,7 @@ from bundle.scoring import (
     model_file,
     save_calibration,
 )
-from bundle.scoring.calibration_file import model_hash
+from bundle.scoring.calibration_file import CalibrationFile, model_hash
 from bundle.scoring.scores import OWN_MAPS, within_scan
 from bundle.transforms import NormativeMap, fit_normative
 from tests.conftest import ellipsoid
@@ -281,3 +281,9 @@ def test_what_is_unlike_healthy_people_is_flagged(healthy, calibration):
     strange = torch.where(image > 0, image + 2 * (torch.rand(image.shape) < 0.5), 0.0)
     assert check({"image": MetaTensor(strange), "flags": "a"})["flags"].startswith("a; ")
     assert "of its brain is unlike healthy t1 scans" in check({"image": MetaTensor(strange)})["flags"]
+
+
+def test_the_default_folder_of_models_is_of_one_contrast():
+    file = CalibrationFile("./models/calibration_t1.json", "./models/model.pt")
+    file._loaded = SimpleNamespace(contrast="t1")
+    assert list(file.each()) == ["t1"] and file.load().contrast == "t1"
