@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ignite.engine import Engine, Events
@@ -41,6 +41,9 @@ from bundle.transforms import normative_file
 from .figure import draw_report, heat_scale
 from .pages import write_overview, write_viewer
 from .view import View
+
+if TYPE_CHECKING:
+    from .visits import CombineVisits
 
 COLUMNS = (
     *("name", "contrast", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
@@ -156,6 +159,7 @@ class SaveFindings:
         settings: that the results depend on; kept in ``run.json``, see `run_facts`.
         scans: all that the run is about, finished or not.
         finished: rows of `finished_scans`.
+        combine: what answers visits of several contrasts, when their scans are done; None answers scans only.
     """
 
     def __init__(
@@ -166,7 +170,9 @@ class SaveFindings:
         settings: Mapping[str, Any] | None = None,
         scans: Sequence[Mapping[str, Any]] = (),
         finished: Mapping[str, dict[str, Any]] | None = None,
+        combine: CombineVisits | None = None,
     ) -> None:
+        self.combine = combine
         self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
         self.settings, self.scans, self.finished = settings or {}, scans, finished or {}
         self.rows: list[dict[str, Any]] = []
@@ -185,7 +191,7 @@ class SaveFindings:
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
         for contrast in self.find_lesions.calibration.each():
             self.find_lesions.threshold(contrast=contrast)
-        for scan in self.scans:
+        for scan in (*self.scans, *(self.combine.visits if self.combine else ())):
             _require_ours(self.output_dir / scan["name"])
         sources = [str(scan["image"]).removesuffix(scan["bids"]) for scan in self.scans if "bids" in scan]
         if sources:
@@ -221,7 +227,7 @@ class SaveFindings:
                 data = {**batch, **output}
                 status = f"flagged: {data['flags']}" if data.get("flags") else "ok"
                 try:
-                    row.update(self._write_scan(name, data), status=status)
+                    row.update(self.write_scan(name, data), status=status)
                 except InputError:
                     raise
                 except OSError as error:  # the next scan would fare no better
@@ -230,7 +236,7 @@ class SaveFindings:
                     failure = explain(error)
                     row = {"name": name, "status": f"failed: {failure}"}
             if failure:
-                _remove_results(self.output_dir, name)
+                remove_results(self.output_dir, name)
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
             if is_main():
@@ -242,11 +248,12 @@ class SaveFindings:
             until = f", {left / 60:.0f} min left" if left > 90 else ""
             print(f"[{done}/{self.total}] {name}: {told}, {row['seconds']} s{until}", flush=True)
 
-    def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
+    def write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
+        """Write the results of a scan, or visit, and return its row but for ``name``, ``status`` and ``seconds``."""
         affine, figures = output["heatmap"].affine, output["result"]
         contrast = output.get("contrast")
         row = {
-            "contrast": contrast or "",
+            "contrast": "+".join(output.get("contrasts", [contrast or ""])),
             "lesion_volume_ml": f"{figures['lesion_volume_ml']:.2f}",
             "lesions": len(figures["lesions"]),
             "max_score": f"{figures['max_score']:.3f}",
@@ -268,7 +275,8 @@ class SaveFindings:
                 path = self._path(name, f"{kind}{result_ending(file)}", partial)
                 write_result(path, volume, affine, header)
                 if "bids" in output:
-                    told = {"Score": figures["score"], "Threshold": figures["threshold"], "Contrast": contrast}
+                    told = {"Score": figures["score"], "Threshold": figures["threshold"], "Contrast": row["contrast"]}
+                    told |= {"Sources": output["sources"]} if "sources" in output else {}
                     write_json(self._path(name, f"{kind}.json", partial), sidecar(kind, output["bids"], told))
             if is_dicom_scan(file) and has_highdicom():
                 told = {k: figures[k] for k in ("score", "threshold") if k in figures}
@@ -304,9 +312,10 @@ class SaveFindings:
 
     def finish(self, engine: Engine) -> None:
         self.rows = [*self.finished.values(), *gather(self.rows)]
-        failed = [r for r in self.rows if not is_done(r)]
         if not is_main():  # one process tells it all
             return
+        self.rows += self.combine(self) if self.combine else []
+        failed = [r for r in self.rows if not is_done(r)]
         self._write_table(self.rows)
         widths = [max(len(str(r.get(c, ""))) for r in (*self.rows, dict(zip(COLUMNS, COLUMNS)))) for c in COLUMNS]
         for row in (dict(zip(COLUMNS, COLUMNS)), *self.rows):
@@ -343,13 +352,13 @@ def _put(new: Path, output_dir: Path, name: str) -> None:
     heatmap = result_path(output_dir, name, f"heatmap{RESULT_ENDINGS[0]}")
     if heatmap.parent == output_dir / name:
         return _replace_folder(new, heatmap.parent)
-    _remove_results(output_dir, name)
+    remove_results(output_dir, name)
     heatmap.parent.mkdir(parents=True, exist_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == heatmap.name):  # last: it says that all are there
         file.replace(heatmap.parent / file.name)
 
 
-def _remove_results(output_dir: Path, name: str) -> None:
+def remove_results(output_dir: Path, name: str) -> None:
     """Remove what an earlier run has left of a scan."""
     folder = result_path(output_dir, name, "report.png").parent
     if folder == output_dir / name:
