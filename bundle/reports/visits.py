@@ -26,8 +26,8 @@ from .findings import SaveFindings, is_done, remove_results
 from .viewer import describe_findings
 
 _VOLUMES = ("heatmap", "lesion", "coverage")
-# headers that agree with the registration so well are believed: it finds a head again to half a millimetre
-_SAME_PLACE_MM = 1.0
+# headers that agree with the registration so well are believed: it finds a head again to about a millimetre
+_SAME_PLACE_MM = 1.5
 # overlap of the brains (Dice): below the one they are not of one head, below the other somebody should look
 _LEAST_OVERLAP, _USUAL_OVERLAP = 0.8, 0.9
 _RECORD = "combination"  # in run.json
@@ -128,7 +128,8 @@ class CombineVisits:
             other = _load(output_dir, parts[contrast][0], contrast, ("image", *_VOLUMES))
             on_grid[contrast], doubt = _brought(other, lead)
             doubts += [f"{contrast}: {doubt}"] if doubt else []
-        brain = lead["coverage"].as_tensor() > 0
+        # what an interpolated brain has beyond the scan's mask; outside, a heatmap is at its lowest
+        brain = (lead["coverage"].as_tensor() > 0) | (lead["heatmap"] > lead["heatmap"].min()).as_tensor()
         scores = {c: v["heatmap"][0].numpy() / thresholds[c] for c, v in on_grid.items()}
         found = {c: (v["lesion"].as_tensor()[0].numpy() > 0) & brain[0].numpy() for c, v in on_grid.items()}
         examined = {c: v["coverage"][0].numpy() == EXAMINED for c, v in on_grid.items()}

@@ -18,7 +18,7 @@ def register_rigidly(
 ) -> np.ndarray:
     """Rigid registration of one head to itself in another contrast, brain to brain, by Mattes mutual information.
 
-    Two starts, the headers and the brains' centres, are tried at 8 mm; the better one goes on at 4 and 2 mm.
+    Two starts, the headers and the brains' centres, are tried at 8 mm; the better one goes on at 4 mm.
 
     Args:
         moving, fixed: scans ``[1, X, Y, Z]``, any contrast, any affine.
@@ -31,6 +31,8 @@ def register_rigidly(
     Raises:
         InputError: ITK found no overlap.
     """
+    if not ((moving_brain > 0).any() and (fixed_brain > 0).any()):
+        raise InputError("a scan of the visit has no brain")
     target, inside = _shrunken(fixed, fixed_brain)
     source, source_inside = _shrunken(moving, moving_brain)
     center, other = (_centroid(mask) for mask in (inside, source_inside))
@@ -40,13 +42,13 @@ def register_rigidly(
     for shift in (np.zeros(3), other - center):
         transform = sitk.Euler3DTransform(center.tolist(), 0.0, 0.0, 0.0, shift.tolist())
         try:
-            tried.append((_optimise(target, inside, source, transform, [8.0], seed), transform))
+            tried.append((_optimise(target, inside, source, transform, 8.0, seed), transform))
         except RuntimeError:  # one start may fall off the brain
             continue
     if not tried:
         raise InputError("scans of the visit do not overlap; are they of one head?")
     _, found = min(tried, key=lambda t: t[0])
-    _optimise(target, inside, source, found, [4.0, 2.0], seed)
+    _optimise(target, inside, source, found, 4.0, seed)
     matrix, to_moving = np.array(found.GetMatrix()).reshape(3, 3), np.eye(4)
     to_moving[:3, :3], to_moving[:3, 3] = matrix, np.array(found.GetTranslation()) + center - matrix @ center
     return np.linalg.inv(LPS @ to_moving @ LPS)
@@ -66,20 +68,20 @@ def _centroid(mask: sitk.Image) -> np.ndarray:
 
 
 def _optimise(
-    fixed: sitk.Image, mask: sitk.Image, moving: sitk.Image, transform: sitk.Transform, levels: list[float], seed: int
+    fixed: sitk.Image, mask: sitk.Image, moving: sitk.Image, transform: sitk.Transform, level_mm: float, seed: int
 ) -> float:
-    """Improve ``transform`` (fixed to moving) in place, at each of ``levels`` (mm); the metric, lower is better."""
+    """Improve ``transform`` (fixed to moving) in place, in voxels of ``level_mm``; the metric, lower is better."""
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)  # several add up in an order of their own
     method.SetMetricAsMattesMutualInformation(32)
     method.SetMetricFixedMask(mask)
     method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentagePerLevel([0.5 if mm > 4 else 0.3 for mm in levels], seed + 1)
+    method.SetMetricSamplingPercentage(0.5, seed + 1)  # SimpleITK takes 0 for the clock
     method.SetInterpolator(sitk.sitkLinear)
     method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 60, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()
-    method.SetShrinkFactorsPerLevel([max(1, round(mm / max(fixed.GetSpacing()))) for mm in levels])
-    method.SetSmoothingSigmasPerLevel([mm / 2 for mm in levels])
+    method.SetShrinkFactorsPerLevel([max(1, round(level_mm / max(fixed.GetSpacing())))])
+    method.SetSmoothingSigmasPerLevel([level_mm / 2])
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetInitialTransform(transform, inPlace=True)
     method.Execute(fixed, moving)
