@@ -194,6 +194,49 @@ def test_the_contrast_is_told_from_each_scan(models, cohort, grid_file, tmp_path
         assert found.summary["contrast"] == contrast
         expected = nib.load(out / name / f"{name}_heatmap.nii.gz").get_fdata()
         np.testing.assert_allclose(found.heatmap, expected, atol=1e-4)
+    a_visit_has_one_answer(
+        cohort / lists["test"][0]["image"], dark / lists["test"][0]["image"], grid_file, tmp_path, use
+    )
+
+
+def a_visit_has_one_answer(t1, t2, grid_file, folder, use):
+    """Two contrasts of one person as a session of a BIDS dataset."""
+    source, out, visit = folder / "bids", folder / "combined", "sub-1_ses-a_combined"
+    place = "sub-1/ses-a/anat/sub-1_ses-a"
+    (source / place).parent.mkdir(parents=True)
+    for file, suffix in ((t1, "T1w"), (t2, "T2w")):
+        shutil.copy(file, source / f"{place}_{suffix}.nii.gz")
+    about = {"Name": "Phantoms", "BIDSVersion": "1.10.0", "License": "CC0", "Authors": ["A", "B"]}
+    (source / "dataset_description.json").write_text(json.dumps(about))
+    use = (*use, "--dataset_dir", source, "--output_dir", out)
+    alone = succeed("inference", "inference", grid_file, *use, "--combine_contrasts", False)
+    assert "combined" not in alone and len(rows(out / "summary.csv")) == 2
+    names = [
+        f"{kind}.{end}" for kind in ("desc-combined_heatmap", "desc-lesionCombined_mask") for end in ("nii.gz", "json")
+    ]
+    written = {}
+    for _ in range(2):
+        told = succeed("inference", "inference", grid_file, *use)
+        assert told.count("done before") == 2 and (f"{visit}: " in told) == (not written)
+        row = {row["name"]: row for row in rows(out / "summary.csv")}[visit]
+        assert row["status"] == "ok" and sorted(row["contrast"].split("+")) == ["t1", "t2"]
+        times = {name: (out / f"{place}_{name}").stat().st_mtime_ns for name in names}
+        assert written in ({}, times)
+        written = times
+    leading, other = ({"t1": "T1w", "t2": "T2w"}[c] for c in row["contrast"].split("+"))
+    sidecar = json.loads((out / f"{place}_{names[1]}").read_text())
+    assert sidecar["Sources"] == [f"bids:raw:{place}_{suffix}.nii.gz" for suffix in (leading, other)]
+    assert f'href="{place}_desc-lesionCombined_report.html"' in (out / "report.html").read_text()
+    heatmaps = [f"{place}_desc-heatmap_{leading}", f"{place}_desc-heatmap_{other}", f"{place}_desc-combined_heatmap"]
+    lead, _, combined = (nib.load(out / f"{file}.nii.gz").get_fdata() for file in heatmaps)
+    inside = nib.load(t1).get_fdata() > 0
+    assert (combined[inside] >= lead[inside] - 1e-4).all() and (
+        combined[inside] <= 1.25 * lead[inside].max() + 1e-4
+    ).all()
+    validator = shutil.which("bids-validator-deno")
+    if validator:
+        checked = subprocess.run([validator, str(out)], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
 
 
 def test_trainings_are_tracked(cohort, grid_file, tmp_path):

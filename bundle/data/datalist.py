@@ -246,9 +246,8 @@ def list_scans(
 
     Args:
         path: a file (`SCAN_FORMATS`); a prepared dataset, of which ``section`` is taken; a BIDS dataset, see
-            `find_bids_scans`; or a folder with scans in it
-            or below: files, where NAME_brain_mask and NAME_lesion belong to NAME, and a file called lesion to every scan
-            of its folder; and folders with DICOM series.
+            `find_bids_scans`; or a folder with scans in it or below: files, where NAME_brain_mask and NAME_lesion
+            belong to NAME, and a file called lesion to every scan of its folder; and folders with DICOM series.
         brain_mask: mask of the scan, for a single file.
         section, contrast, maps: as in `load_datalist`; "auto" keeps all contrasts.
 

@@ -188,7 +188,7 @@ def _load(output_dir: Path, scan: Mapping[str, Any], contrast: str, kinds: Seque
     return LoadScand(list(files), contrast=contrast)(files)
 
 
-def _brought(own: Mapping[Any, Any], lead: Mapping[Any, Any]) -> tuple[dict[str, MetaTensor], str]:
+def _brought(own: Mapping[Any, Any], lead: Mapping[Any, Any]) -> tuple[dict[Any, Any], str]:
     """The answer to another scan on the grid of the leading one, and a doubt about that, "" for none."""
     target = lead["coverage"]
     to_lead = register_rigidly(own["image"], own["coverage"], lead["image"], target)
@@ -197,7 +197,7 @@ def _brought(own: Mapping[Any, Any], lead: Mapping[Any, Any]) -> tuple[dict[str,
     if np.median(np.linalg.norm((places @ to_lead.T - places)[:, :3], axis=1)) <= _SAME_PLACE_MM:
         to_lead = np.eye(4)
     modes = {"heatmap": ("bilinear", "border"), "lesion": ("bilinear", "zeros"), "coverage": ("nearest", "zeros")}
-    brought = {}
+    brought: dict[Any, Any] = {}
     for key, (mode, padding) in modes.items():
         moved = MetaTensor(own[key].as_tensor(), affine=torch.as_tensor(to_lead) @ own[key].affine)
         brought[key] = ResampleToMatch(mode=mode, padding_mode=padding)(moved, img_dst=target)

@@ -76,7 +76,7 @@ def test_a_head_that_moved_between_the_scans_is_brought_back(tmp_path):
 def test_scans_of_two_heads_and_thresholds_below_zero_are_refused(tmp_path):
     parts = {"flair": scan(tmp_path, "flair", {"here": 2.0}), "t1": scan(tmp_path, "t1", {})}
     write_nifti(tmp_path / "out/t1/t1_coverage.nii.gz", ellipsoid(SHAPE, (4, 15, 4)), AFFINE)
-    with pytest.raises(InputError, match="t1.nii.gz and .*flair.nii.gz: brains overlap by .* of one person"):
+    with pytest.raises(InputError, match=r"t1.nii.gz and .*flair.nii.gz: brains overlap by .* of one person"):
         combiner().answer(tmp_path / "out", "x", parts)
     combine = combiner()
     combine.find_lesions.threshold = lambda contrast: 0.0
@@ -118,5 +118,5 @@ def test_what_is_combined_and_when(tmp_path, monkeypatch):
 def test_a_result_that_is_gone_is_told(tmp_path):
     parts = {"flair": scan(tmp_path, "flair", {}), "t1": scan(tmp_path, "t1", {})}
     (tmp_path / "out/t1/t1_lesion.nii.gz").unlink()
-    with pytest.raises(InputError, match="t1: its lesion is gone from .*--overwrite True"):
+    with pytest.raises(InputError, match=r"t1: its lesion is gone from .*--overwrite True"):
         combiner().answer(tmp_path / "out", "x", parts)

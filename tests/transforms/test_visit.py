@@ -20,7 +20,9 @@ def atlas_as(grid_affine, shape, to_atlas):
     return image, MetaTensor((brain > 0.5).float().as_tensor(), affine=brain.affine)
 
 
-@pytest.mark.parametrize(("degrees", "shift"), [((0, 0, 0), (0, 0, 0)), ((6, -4, 8), (5, -8, 6)), ((3, 2, 1), (0, 90, 0))])
+@pytest.mark.parametrize(
+    ("degrees", "shift"), [((0, 0, 0), (0, 0, 0)), ((6, -4, 8), (5, -8, 6)), ((3, 2, 1), (0, 90, 0))]
+)
 def test_a_head_that_moved_is_found_again_in_another_contrast_and_grid(degrees, shift):
     """Slices across, and slices along; dark and bright exchanged."""
     moved = np.eye(4)
@@ -41,5 +43,5 @@ def test_a_head_that_moved_is_found_again_in_another_contrast_and_grid(degrees, 
 
 def test_heads_that_cannot_meet_are_told():
     empty = meta(np.zeros((8, 8, 8)))
-    with pytest.raises(InputError, match="has no brain|do not overlap"):
+    with pytest.raises(InputError, match=r"has no brain|do not overlap"):
         register_rigidly(empty, empty, empty, empty)
