@@ -58,10 +58,15 @@ class CombineVisits:
         self.visits, self.find_lesions, self.align = visits, find_lesions, align
 
     def __call__(self, save: SaveFindings) -> list[dict[str, Any]]:
-        """Write the answers to all visits whose scans are done, and return their rows of the table."""
-        known = run_records(save.output_dir).get(_RECORD, {})
+        """Write the answers to all visits whose scans are done, and return their rows of the table; and those of other
+        visits that runs with the same settings have left in the folder.
+        """
+        record = run_records(save.output_dir).get(_RECORD, {})
+        known = record.get("visits", {}) if record.get("settings") == save.facts else {}
+        known = {name: of for name, of in known.items() if _result(save.output_dir, name, "heatmap")}
         scans = {row["name"]: row for row in save.rows}
-        rows = []
+        here = {visit["name"] for visit in self.visits}
+        rows = [of["row"] for name, of in known.items() if name not in here]
         for visit in self.visits:
             name = visit["name"]
             if not all(scan["name"] in scans for scan in visit["scans"]):
@@ -71,15 +76,15 @@ class CombineVisits:
                 remove_results(save.output_dir, name)
                 continue
             made_from = _made_from(save.output_dir, parts)
-            earlier = known.get(name, {})
-            if earlier.get("from") == made_from and _result(save.output_dir, name, "heatmap"):
-                rows.append(earlier["row"])
+            if name in known and known[name]["from"] == made_from:
+                rows.append(known[name]["row"])
                 continue
             row = self._row(save, name, parts)
             rows.append(row)
             if is_done(row):
                 known = {**known, name: {"row": row, "from": made_from}}
-                write_json(save.output_dir / "run.json", {**run_records(save.output_dir), _RECORD: known})
+                record = {**run_records(save.output_dir), _RECORD: {"settings": save.facts, "visits": known}}
+                write_json(save.output_dir / "run.json", record)
         return rows
 
     def _row(self, save: SaveFindings, name: str, parts: Parts) -> dict[str, Any]:

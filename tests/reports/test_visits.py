@@ -93,26 +93,28 @@ def test_what_is_combined_and_when(tmp_path, monkeypatch):
     answer = {"flags": "", "contrasts": ["t2", "t1"]}
     monkeypatch.setattr(combine, "answer", lambda _, name, parts: made.append(sorted(parts)) or answer)
 
-    def run(*rows, fails=False):
+    def run(*rows, fails=False, setting=1, combine=combine):
         def write(name, _):
             if fails:
                 raise ValueError("no\nroom")
             write_nifti(out / name / f"{name}_heatmap.nii.gz", np.ones((2, 2, 2)))
             return {"contrast": "t2+t1", "lesions": 0, "lesion_volume_ml": "0.00"}
 
-        return combine(SimpleNamespace(output_dir=out, rows=rows, write_scan=write))
+        return combine(SimpleNamespace(output_dir=out, rows=rows, write_scan=write, facts={"threshold": setting}))
 
     assert run(row1, row2) == [] and not made  # the third scan is still to come
     rows = run(row1, row2, broken[1])
     assert [(r["name"], r["contrast"], r["status"]) for r in rows] == [("anna_combined", "t2+t1", "ok")]
     assert run(row1, row2, broken[1]) == rows and made == [["t1", "t2"]]
-    assert json.loads((out / "run.json").read_text())["combination"]["anna_combined"]["row"] == rows[0]
+    assert json.loads((out / "run.json").read_text())["combination"]["visits"]["anna_combined"]["row"] == rows[0]
+    assert run(combine=combiner()) == rows and run(combine=combiner(), setting=2) == []
     write_nifti(out / "t1/t1_heatmap.nii.gz", np.zeros((3, 3, 3)))
     (row,) = run(row1, row2, broken[1], fails=True)
     assert row["status"] == "failed: ValueError: no room" and not (out / "anna_combined").exists()
     assert run(row1, row2, broken[1])[0]["status"] == "ok" and len(made) == 3
+    assert run(row1, row2, broken[1], setting=2)[0]["status"] == "ok" and len(made) == 4
     assert run(row1, {**row2, "status": "failed: gone"}, broken[1]) == [] and not (out / "anna_combined").exists()
-    assert run(row1, {**row2, "contrast": "t1"}, broken[1]) == [] and len(made) == 3
+    assert run(row1, {**row2, "contrast": "t1"}, broken[1]) == [] and len(made) == 4
 
 
 def test_a_result_that_is_gone_is_told(tmp_path):
