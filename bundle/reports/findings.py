@@ -314,7 +314,7 @@ class SaveFindings:
         self.rows = [*self.finished.values(), *gather(self.rows)]
         if not is_main():  # one process tells it all
             return
-        self.rows += self.combine(self) if self.combine else []
+        self.rows += self.combine(self, self.rows) if self.combine else []
         failed = [r for r in self.rows if not is_done(r)]
         self._write_table(self.rows)
         widths = [max(len(str(r.get(c, ""))) for r in (*self.rows, dict(zip(COLUMNS, COLUMNS)))) for c in COLUMNS]

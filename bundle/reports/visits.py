@@ -57,14 +57,18 @@ class CombineVisits:
     ) -> None:
         self.visits, self.find_lesions, self.align = visits, find_lesions, align
 
-    def __call__(self, save: SaveFindings) -> list[dict[str, Any]]:
+    def __call__(self, save: SaveFindings, done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Write the answers to all visits whose scans are done, and return their rows of the table; and those of other
         visits that runs with the same settings have left in the folder.
+
+        Args:
+            save: what writes answers.
+            done: rows of the table, of all scans that have an answer, or have failed.
         """
         record = run_records(save.output_dir).get(_RECORD, {})
         known = record.get("visits", {}) if record.get("settings") == save.facts else {}
         known = {name: of for name, of in known.items() if _result(save.output_dir, name, "heatmap")}
-        scans = {row["name"]: row for row in save.rows}
+        scans = {row["name"]: row for row in done}
         here = {visit["name"] for visit in self.visits}
         rows = [of["row"] for name, of in known.items() if name not in here]
         for visit in self.visits:

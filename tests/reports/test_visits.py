@@ -100,7 +100,7 @@ def test_what_is_combined_and_when(tmp_path, monkeypatch):
             write_nifti(out / name / f"{name}_heatmap.nii.gz", np.ones((2, 2, 2)))
             return {"contrast": "t2+t1", "lesions": 0, "lesion_volume_ml": "0.00"}
 
-        return combine(SimpleNamespace(output_dir=out, rows=rows, write_scan=write, facts={"threshold": setting}))
+        return combine(SimpleNamespace(output_dir=out, write_scan=write, facts={"threshold": setting}), rows)
 
     assert run(row1, row2) == [] and not made  # the third scan is still to come
     rows = run(row1, row2, broken[1])
