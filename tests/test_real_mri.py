@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 
 import nibabel as nib
@@ -17,6 +18,8 @@ from sklearn.metrics import average_precision_score
 
 from bundle.data import find_scans, load_atlas, load_recipe
 from bundle.data.atlas import atlas_overlap
+from bundle.data.own_volume import scan_to_atlas
+from bundle.data.planting import plant_lesion, share_of_voxels
 from bundle.scoring import LESION_SIGN
 from bundle.transforms import (
     AlignToAtlasd,
@@ -240,3 +243,46 @@ def test_shipped_weights_find_a_patients_lesions(contrast, tmp_path):
     )
     print(f"{contrast}: fusion {fusion:.4f}, intensity {intensity:.4f}, chance {lesion[inside].mean():.4f}")
     assert fusion > REACHED[contrast] and fusion > 2 * intensity
+
+
+def visit_measured(folder, label, out):
+    """AUPRC and Dice of each scan of a folder, and of the combined answer, by contrast; as a user gets them."""
+    run = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
+    run += ["--dataset_dir", folder, "--output_dir", out]
+    measure = [sys.executable, "scripts/measure_results.py", "--output_dir", out, "--label", label]
+    for command in (run, measure):
+        result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=1200)
+        assert result.returncode == 0, result.stderr[-3000:]
+    print(f"\n{result.stdout}")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    return {contrast: (float(auprc), float(dice)) for _, contrast, _, auprc, _, dice in lines}
+
+
+def test_a_visits_contrasts_together_are_no_worse_than_the_best_alone(tmp_path):
+    folder = DATA / "mslub_mni_1mm/patient26"
+    found = visit_measured(folder, folder / "lesion.nii.gz", tmp_path)
+    together = next(auprc for contrast, (auprc, _) in found.items() if "+" in contrast)
+    assert len(found) == 4 and together > found["flair"][0] - 0.002
+
+
+@pytest.mark.parametrize(("only", "contrast"), [("T1W", "t1"), ("T2W", "t2")])
+def test_a_lesion_that_one_contrast_of_a_visit_shows_is_not_lost(only, contrast, tmp_path):
+    """Planted into one of three scans on three grids, which show a few real lesions in FLAIR."""
+    source, folder = DATA / "ljubljana_raw/patient01", tmp_path / "patient01"
+    keys = ["image", "brain_mask"]
+    data = BrainMaskd("image")(LoadScand("image")({"image": str(source / f"{only}.nii.gz")}))
+    placed = AlignToAtlasd(keys)(Orientationd(keys, axcodes="RAS", labels=None)(data))["image"]
+    mask = nib.load(DATA / "stroke_masks_1mm/bwsrsub-1250_lesion.nii.gz")
+    image, affine = data["image"], np.asarray(data["image"].affine)
+    soft = share_of_voxels(mask.get_fdata() > 0, mask.affine, image.shape[1:], scan_to_atlas(placed) @ affine)
+    soft = torch.as_tensor(soft)[None]
+    planted, label = plant_lesion(
+        image.as_tensor(), data["brain_mask"].as_tensor(), soft, contrast, (0.9, 0.9), np.random.RandomState(0)
+    )
+    print(f"{float(label.sum() * np.abs(np.linalg.det(affine[:3, :3]))) / 1000:.1f} ml")
+    for name in ("T1W", "T2W", "FLAIR"):
+        scan = planted[0].numpy() if name == only else nib.load(source / f"{name}.nii.gz").get_fdata()
+        write_nifti(folder / f"{name}.nii.gz", scan, nib.load(source / f"{name}.nii.gz").affine)
+    found = visit_measured(folder, write_nifti(tmp_path / "planted.nii.gz", label[0].numpy(), affine), tmp_path / "out")
+    together = next(value for contrast, value in found.items() if "+" in contrast)
+    assert together[0] > 0.9 * found[contrast][0] and together[1] > 0.9 * found[contrast][1]

@@ -154,9 +154,11 @@ def test_a_bids_dataset_is_answered_by_a_derivative(models, cohort, grid_file, t
         assert checked.returncode == 0, checked.stdout
 
 
-def test_the_contrast_is_told_from_each_scan(models, cohort, grid_file, tmp_path):
-    """One run over raw scans of two contrasts, each with its own model, as if each had been named."""
-    both, dark, out = tmp_path / "models", tmp_path / "t2", tmp_path / "out"
+@pytest.fixture(scope="module")
+def two_contrasts(models, cohort, grid_file, tmp_path_factory):
+    """Models of T1w and T2w, a cohort in which dark and bright are exchanged, and its lists."""
+    folder = tmp_path_factory.mktemp("two")
+    both, dark = folder / "models", folder / "t2"
     shutil.copytree(models, both)
     lists = json.loads((cohort / "datalist.json").read_text())
     for item in (item for section in lists.values() for item in section):
@@ -169,6 +171,12 @@ def test_the_contrast_is_told_from_each_scan(models, cohort, grid_file, tmp_path
     use = ("--dataset_dir", dark, "--ckpt_dir", both, "--contrast", "t2")
     succeed("training", "train", grid_file, *use, "--max_epochs", 1)
     succeed("calibration", "calibrate", grid_file, *use)
+    return both, dark, lists
+
+
+def test_the_contrast_is_told_from_each_scan(two_contrasts, cohort, grid_file, tmp_path):
+    """One run over raw scans of two contrasts, each with its own model, as if each had been named."""
+    (both, dark, lists), out = two_contrasts, tmp_path / "out"
     scans = tmp_path / "scans"
     scans.mkdir()
     for name, folder in (("one", cohort), ("other_t1w", dark), ("third", cohort)):
@@ -194,6 +202,49 @@ def test_the_contrast_is_told_from_each_scan(models, cohort, grid_file, tmp_path
         assert found.summary["contrast"] == contrast
         expected = nib.load(out / name / f"{name}_heatmap.nii.gz").get_fdata()
         np.testing.assert_allclose(found.heatmap, expected, atol=1e-4)
+
+
+def test_a_visit_of_two_contrasts_has_one_answer_beside_those_to_its_scans(two_contrasts, cohort, grid_file, tmp_path):
+    """As a session of a BIDS dataset."""
+    both, dark, lists = two_contrasts
+    t1, t2 = (folder / lists["test"][0]["image"] for folder in (cohort, dark))
+    source, out, visit = tmp_path / "bids", tmp_path / "out", "sub-1_ses-a_combined"
+    place = "sub-1/ses-a/anat/sub-1_ses-a"
+    (source / place).parent.mkdir(parents=True)
+    for file, suffix in ((t1, "T1w"), (t2, "T2w")):
+        shutil.copy(file, source / f"{place}_{suffix}.nii.gz")
+    about = {"Name": "Phantoms", "BIDSVersion": "1.10.0", "License": "CC0", "Authors": ["A", "B"]}
+    (source / "dataset_description.json").write_text(json.dumps(about))
+    use = ("--ckpt_dir", both, "--bias_field", "none", "--alignment", "none", "--brain_recovery", "none")
+    use += ("--dataset_dir", source, "--output_dir", out)
+    alone = succeed("inference", "inference", grid_file, *use, "--combine_contrasts", False)
+    assert visit not in alone and len(rows(out / "summary.csv")) == 2
+    names = [
+        f"{kind}.{end}" for kind in ("desc-combined_heatmap", "desc-lesionCombined_mask") for end in ("nii.gz", "json")
+    ]
+    written = {}
+    for _ in range(2):
+        told = succeed("inference", "inference", grid_file, *use)
+        assert told.count("done before") == 2 and (f"{visit}: " in told) == (not written)
+        row = {row["name"]: row for row in rows(out / "summary.csv")}[visit]
+        assert row["status"] == "ok" and sorted(row["contrast"].split("+")) == ["t1", "t2"]
+        times = {name: (out / f"{place}_{name}").stat().st_mtime_ns for name in names}
+        assert written in ({}, times)
+        written = times
+    leading, other = ({"t1": "T1w", "t2": "T2w"}[c] for c in row["contrast"].split("+"))
+    sidecar = json.loads((out / f"{place}_{names[1]}").read_text())
+    assert sidecar["Sources"] == [f"bids:raw:{place}_{suffix}.nii.gz" for suffix in (leading, other)]
+    assert f'href="{place}_desc-lesionCombined_report.html"' in (out / "report.html").read_text()
+    heatmaps = [f"{place}_desc-heatmap_{leading}", f"{place}_desc-heatmap_{other}", f"{place}_desc-combined_heatmap"]
+    lead, _, combined = (nib.load(out / f"{file}.nii.gz").get_fdata() for file in heatmaps)
+    inside = nib.load(t1).get_fdata() > 0
+    assert (combined[inside] >= lead[inside] - 1e-4).all() and (
+        combined[inside] <= 1.25 * lead[inside].max() + 1e-4
+    ).all()
+    validator = shutil.which("bids-validator-deno")
+    if validator:
+        checked = subprocess.run([validator, str(out)], capture_output=True, text=True)
+        assert checked.returncode == 0, checked.stdout
 
 
 def test_trainings_are_tracked(cohort, grid_file, tmp_path):

@@ -3,6 +3,7 @@ from .cohort import Recipe, find_scans, load_recipe, prepare_cohort, split_peopl
 from .collate import collate_samples
 from .datalist import evaluation_items, list_scans, load_datalist, require_dataset
 from .files import claim_folder
+from .visits import list_visits
 
 __all__ = [
     "Atlas",
@@ -13,6 +14,7 @@ __all__ = [
     "find_scans",
     "grid_affine",
     "list_scans",
+    "list_visits",
     "load_atlas",
     "load_datalist",
     "load_recipe",

@@ -17,6 +17,7 @@ SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR"}
 _DESCRIPTION, _US = "dataset_description.json", "patch2loc_brain_mri"
 _ENDINGS = ("nii", "nii.gz")
 _NAME = re.compile(rf"(sub-[^_]+)(_ses-[^_]+)?((?:_[a-z]+-[^_]+)*)_({'|'.join(SUFFIXES.values())})")
+_VISIT = re.compile(r"(sub-[^_]+)(_ses-[^_]+)?_combined")
 # ending of each result's name: what is not told of by BIDS is kept from its validator
 _KINDS = {"heatmap": "desc-heatmap_{0}", "lesion": "desc-lesion{0}_mask", "report": "desc-lesion{0}_report"}
 _README = """Brain lesions found by Patch2Loc for MONAI in the scans of another dataset, which DatasetLinks names.
@@ -25,7 +26,7 @@ Research only, not a medical device.
 Of each scan: its heatmap, the lesions (mask) and what was looked at (coverage), on the scan's own voxels; report.html
 shows them.
 """
-_IGNORED = ("summary.csv", "run.json", "report.html", "*_report.png", "*_report.html", ".records/")
+_IGNORED = ("summary.csv", "run.json", "report.html", "*_report.png", "*_report.html", "*_heatmap.*", ".records/")
 _TOLD: dict[str, dict[str, Any]] = {
     "heatmap": {"Description": "healthy spreads above what is usual at the place of the atlas", "SkullStripped": True},
     "lesion": {"Type": "Lesion", "Description": "1 is lesion"},
@@ -67,7 +68,8 @@ def find_bids_scans(folder: str | Path, contrast: str | None = None) -> list[dic
 def result_path(output_dir: str | Path, name: str, what: str) -> Path:
     """File of a scan's result: ``OUT/NAME/NAME_heatmap.nii.gz``; in a BIDS derivative, of a scan that is named so,
     ``OUT/sub-01/ses-1/anat/sub-01_ses-1_desc-lesionFLAIR_mask.nii.gz``: scans of a session differ in their contrast,
-    and a mask's name has no other place for it.
+    and a mask's name has no other place for it. A visit's is ``sub-01_ses-1_desc-lesionCombined_mask.nii.gz``, and its
+    heatmap, which is of no one contrast, ``sub-01_ses-1_desc-combined_heatmap.nii.gz``.
 
     Args:
         output_dir: OUT.
@@ -75,12 +77,14 @@ def result_path(output_dir: str | Path, name: str, what: str) -> Path:
         what: kind and ending of the result, such as "lesion.nii.gz" or "report.html".
     """
     kind, _, ending = what.partition(".")
-    match = _NAME.fullmatch(name) if is_bids(output_dir) else None
+    match = (_NAME.fullmatch(name) or _VISIT.fullmatch(name)) if is_bids(output_dir) else None
     if match is None:
         return Path(output_dir) / name / f"{name}_{what}"
-    subject, session, others, suffix = match[1], match[2] or "", match[3], match[4]
+    subject, session = match[1], match[2] or ""
+    others, suffix = match.groups()[2:] or ("", "Combined")
     base = f"{subject}{session}" + re.sub("_desc-[^_]+", "", others)
     told = _KINDS.get(kind, f"desc-{kind}{{0}}_dseg").format(suffix)
+    told = told.replace("desc-heatmap_Combined", "desc-combined_heatmap")
     return Path(output_dir) / subject / session.strip("_") / "anat" / f"{base}_{told}.{ending}"
 
 

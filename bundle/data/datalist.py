@@ -127,7 +127,7 @@ def load_datalist(
     for key in sorted(unknown):
         close = difflib.get_close_matches(key, _KNOWN_KEYS, 1, 0.75)
         warnings.warn(f"{file}: unknown key '{key}', not used" + (f"; did you mean '{close[0]}'?" if close else ""))
-    return add_maps(_named(items), maps or {})
+    return add_maps(named_uniquely(items), maps or {})
 
 
 def _is_prepared(item: Mapping[str, Any], file: Path) -> bool:
@@ -246,8 +246,8 @@ def list_scans(
 
     Args:
         path: a file (`SCAN_FORMATS`); a prepared dataset, of which ``section`` is taken; a BIDS dataset, see
-            `find_bids_scans`; or a folder with scans in it
-            or below: files, where NAME_brain_mask and NAME_lesion belong to NAME, and folders with DICOM series.
+            `find_bids_scans`; or a folder with scans in it or below: files, where NAME_brain_mask and NAME_lesion
+            belong to NAME, and a file called lesion to every scan of its folder; and folders with DICOM series.
         brain_mask: mask of the scan, for a single file.
         section, contrast, maps: as in `load_datalist`; "auto" keeps all contrasts.
 
@@ -273,7 +273,7 @@ def list_scans(
     elif not is_scan(path):
         raise InputError(f"{path}: not a scan; it must be {SCAN_FORMATS}")
     else:
-        items = add_maps(_named([{"image": str(path)}]), maps or {})
+        items = add_maps(named_uniquely([{"image": str(path)}]), maps or {})
     if brain_mask:
         if len(items) != 1:
             raise InputError(f"{brain_mask}: one brain mask cannot serve {len(items)} scans; run them one by one")
@@ -336,6 +336,11 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
             companions.append((base.removesuffix(ending), COMPANIONS[ending], file))
         else:
             scans[base] = {"image": str(file)}
+    for base in [b for b in scans if Path(b).name == "lesion"]:  # of every scan of its folder
+        beside = [other for other in scans if other != base and Path(other).parent == Path(base).parent]
+        if beside:
+            label = Path(scans.pop(base)["image"])
+            companions += [(other, "label", label) for other in beside]
     for base, key, file in companions:
         if base not in scans:
             raise InputError(f"{file}: its name says that it belongs to {Path(base).name}, which is no scan; rename it")
@@ -343,10 +348,10 @@ def _list_folder(folder: Path) -> list[dict[str, Any]]:
     found = [*scans.values(), *({"image": str(s.resolve())} for s in series)]
     if not found:
         raise InputError(f"{folder}: no scan in it or below; it may hold DICOM series, {SCAN_FORMATS}")
-    return _named(found)
+    return named_uniquely(found)
 
 
-def _named(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def named_uniquely(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Give each item a unique ``name``: its file's, with folders in front as far as needed to tell scans apart."""
     for depth in range(1, 20):
         names = [_printable("_".join([*Path(i["image"]).parts[-depth:-1], stem(i["image"])])) for i in items]

@@ -272,7 +272,7 @@ def _choose_series(folder: str, contrast: str | None, name: str) -> Sequence[str
         for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
     ]
     if len(all_series) > 1:  # what was said of the scan may lie beside it
-        all_series = [files for files in all_series if _modality(files[0]) not in _NO_SCAN_MODALITIES]
+        all_series = [files for files in all_series if _tag(files[0], "0008|0060") not in _NO_SCAN_MODALITIES]
     if len(all_series) == 1:
         return all_series[0]
     if not all_series:
@@ -288,14 +288,20 @@ def _choose_series(folder: str, contrast: str | None, name: str) -> Sequence[str
     raise InputError(f"{name}: holds {len(all_series)} DICOM series, {which}: {listed}; give a folder with one")
 
 
-def _modality(file: str) -> str:
+def _tag(file: str, tag: str) -> str:
     reader = sitk.ImageFileReader()
     reader.SetFileName(file)
     try:
         reader.ReadImageInformation()
-        return reader.GetMetaData("0008|0060").strip()
+        return reader.GetMetaData(tag).strip()
     except RuntimeError:  # no image, or no such tag
         return ""
+
+
+def study_of(folder: str | Path) -> str:
+    """UID of the study that the DICOM series in a folder is of; "" where there is none."""
+    first = next((file for file in sorted(Path(folder).iterdir()) if is_dicom(file)), None)
+    return "" if first is None else _tag(str(first), "0020|000d")
 
 
 def named_contrast(text: str) -> str | None:

@@ -4,8 +4,10 @@ from .findings import SaveFindings, finished_scans
 from .metrics import SaveMetrics
 from .tracking import slice_heatmaps, slice_images
 from .viewer import LabelMapd, chosen
+from .visits import CombineVisits
 
 __all__ = [
+    "CombineVisits",
     "LabelMapd",
     "SaveFindings",
     "SaveMetrics",

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ignite.engine import Engine, Events
@@ -43,6 +43,9 @@ from bundle.transforms import normative_file
 from .figure import draw_report, heat_scale
 from .pages import write_overview, write_viewer
 from .view import View
+
+if TYPE_CHECKING:
+    from .visits import CombineVisits
 
 COLUMNS = (
     *("name", "contrast", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
@@ -141,6 +144,7 @@ class SaveFindings:
         scans: all that the run is about, finished or not.
         finished: rows of `finished_scans`.
         shard: which of them this process sees, see `bundle.parallel.Shard`. The table is of all that are done by then.
+        combine: what answers visits of several contrasts, when their scans are done; None answers scans only.
     """
 
     def __init__(
@@ -152,7 +156,9 @@ class SaveFindings:
         scans: Sequence[Mapping[str, Any]] = (),
         finished: Mapping[str, dict[str, Any]] | None = None,
         shard: str = "",
+        combine: CombineVisits | None = None,
     ) -> None:
+        self.combine = combine
         self.output_dir, self.find_lesions, self.total = Path(output_dir), find_lesions, total
         self.settings, self.scans, self.finished = settings or {}, scans, finished or {}
         self.rows: list[dict[str, Any]] = []
@@ -174,7 +180,7 @@ class SaveFindings:
         # a threshold that does not exist, or a folder that cannot be written to, is told before the work
         for contrast in self.find_lesions.calibration.each():
             self.find_lesions.threshold(contrast=contrast)
-        for scan in self.shard.share(self.scans):
+        for scan in (*self.shard.share(self.scans), *self._visits()):
             _require_ours(self.output_dir / scan["name"])
         sources = [str(scan["image"]).removesuffix(scan["bids"]) for scan in self.scans if "bids" in scan]
         if sources:
@@ -193,14 +199,21 @@ class SaveFindings:
                 print(f"{name}: done before, with the same settings")
             print(f"{self.total} of {len(self.scans)} scans to look at, results go to {self.output_dir}", flush=True)
 
-    def _write_table(self) -> list[dict[str, Any]]:
-        """Write what is known by now, and return it: of other scans in the folder, then of the run's in their order."""
+    def _visits(self) -> Sequence[Mapping[str, Any]]:
+        return self.combine.visits if self.combine else ()
+
+    def _write_table(self, with_visits: bool = False) -> list[dict[str, Any]]:
+        """Write what is known by now, and return it: of other scans in the folder, of the run's in their order, and of
+        visits, if they are to be answered: whichever shard sees the last of a visit's scans does that.
+        """
         with alone_in(self.output_dir):
             rows = [*self.finished.values(), *self.rows]
             if self.records and self.shard:
                 rows = _valid(self.output_dir, map(self.records.read, self.scans))
             place = {name: k for k, name in enumerate(self.by_name)}
             rows = [*self.others, *sorted(rows, key=lambda row: place.get(row["name"], 0))]
+            if with_visits and self.combine:
+                rows += self.combine(self, rows)
             write_table(self.output_dir / "summary.csv", rows, COLUMNS)
             write_overview(self.output_dir / "report.html", rows, self.facts)
         return rows
@@ -220,7 +233,7 @@ class SaveFindings:
                 data = {**batch, **output}
                 status = f"flagged: {data['flags']}" if data.get("flags") else "ok"
                 try:
-                    row.update(self._write_scan(name, data), status=status)
+                    row.update(self.write_scan(name, data), status=status)
                 except InputError:
                     raise
                 except OSError as error:  # the next scan would fare no better
@@ -229,7 +242,7 @@ class SaveFindings:
                     failure = explain(error)
                     row = {"name": name, "status": f"failed: {failure}"}
             if failure:
-                _remove_results(self.output_dir, name)
+                remove_results(self.output_dir, name)
             row["seconds"] = f"{time.monotonic() - self.started:.1f}"
             self.rows.append(row)
             if self.records and scan:
@@ -243,11 +256,12 @@ class SaveFindings:
             until = f", {left / 60:.0f} min left" if left > 90 else ""
             print(f"[{done}/{self.total}] {name}: {told}, {row['seconds']} s{until}", flush=True)
 
-    def _write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
+    def write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
+        """Write the results of a scan, or visit, and return its row but for ``name``, ``status`` and ``seconds``."""
         affine, figures = output["heatmap"].affine, output["result"]
         contrast = output.get("contrast")
         row = {
-            "contrast": contrast or "",
+            "contrast": "+".join(output.get("contrasts", [contrast or ""])),
             "lesion_volume_ml": f"{figures['lesion_volume_ml']:.2f}",
             "lesions": len(figures["lesions"]),
             "max_score": f"{figures['max_score']:.3f}",
@@ -269,7 +283,8 @@ class SaveFindings:
                 path = self._path(name, f"{kind}{result_ending(file)}", partial)
                 write_result(path, volume, affine, header)
                 if "bids" in output:
-                    told = {"Score": figures["score"], "Threshold": figures["threshold"], "Contrast": contrast}
+                    told = {"Score": figures["score"], "Threshold": figures["threshold"], "Contrast": row["contrast"]}
+                    told |= {"Sources": output["sources"]} if "sources" in output else {}
                     write_json(self._path(name, f"{kind}.json", partial), sidecar(kind, output["bids"], told))
             if is_dicom_scan(file) and has_highdicom():
                 told = {k: figures[k] for k in ("score", "threshold") if k in figures}
@@ -307,7 +322,8 @@ class SaveFindings:
         self.rows = gather(self.rows)
         if not is_main():  # one process tells it all
             return
-        everyone, ours = self._write_table(), {scan["name"] for scan in self.shard.share(self.scans)}
+        everyone = self._write_table(with_visits=True)
+        ours = {scan["name"] for scan in (*self.shard.share(self.scans), *self._visits())}
         rows = [r for r in everyone if r["name"] in ours]
         failed = [r for r in rows if not is_done(r)]
         widths = [max(len(str(r.get(c, ""))) for r in (*rows, dict(zip(COLUMNS, COLUMNS)))) for c in COLUMNS]
@@ -346,13 +362,13 @@ def _put(new: Path, output_dir: Path, name: str) -> None:
     heatmap = result_path(output_dir, name, f"heatmap{RESULT_ENDINGS[0]}")
     if heatmap.parent == output_dir / name:
         return _replace_folder(new, heatmap.parent)
-    _remove_results(output_dir, name)
+    remove_results(output_dir, name)
     heatmap.parent.mkdir(parents=True, exist_ok=True)
     for file in sorted(new.iterdir(), key=lambda file: file.name == heatmap.name):  # last: it says that all are there
         file.replace(heatmap.parent / file.name)
 
 
-def _remove_results(output_dir: Path, name: str) -> None:
+def remove_results(output_dir: Path, name: str) -> None:
     """Remove what an earlier run has left of a scan."""
     folder = result_path(output_dir, name, "report.png").parent
     if folder == output_dir / name:

@@ -9,6 +9,7 @@ from .calibration_file import (
     require_model,
     save_calibration,
 )
+from .combination import combine_contrasts, excess_ml, leading_contrast, sees
 from .fusion import PARTS, RULES, Fusion, part_file, usual_weights
 from .operating import POINTS, operating_points
 from .paper import PAPER_SCORES
@@ -34,8 +35,11 @@ __all__ = [
     "Score",
     "anomaly_channels",
     "chosen_threshold",
+    "combine_contrasts",
+    "excess_ml",
     "fill_outside",
     "fit_calibration",
+    "leading_contrast",
     "load_calibration",
     "model_file",
     "operating_points",
@@ -44,6 +48,7 @@ __all__ = [
     "require_model",
     "save_calibration",
     "score_of",
+    "sees",
     "smooth_inside",
     "usual_weights",
 ]

@@ -21,6 +21,7 @@ from .sampling import (
     normative_slabs,
 )
 from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
+from .visit import register_rigidly
 
 __all__ = [
     "EXAMINED",
@@ -61,4 +62,5 @@ __all__ = [
     "load_normative",
     "normative_file",
     "normative_slabs",
+    "register_rigidly",
 ]

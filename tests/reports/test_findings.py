@@ -16,7 +16,7 @@ def save(folder, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(handler, "_write_scan", fail)
+    monkeypatch.setattr(handler, "write_scan", fail)
     handler.save(SimpleNamespace(state=SimpleNamespace(batch=[{"name": "a"}], output=[{"x": 1}])))
     return handler.rows
 

@@ -87,7 +87,10 @@ def test_voxels_next_to_nothing_do_not_change_the_field(scan, brain):
     """As interpolation leaves them at the rim; the field is fitted to logarithms."""
     dim = scan.copy()
     dim[tuple(np.argwhere(brain)[::50].T)] = 1e-3
-    fields = [tissue_field(i.astype(np.float32), brain > 0, MM, atlas_terms(meta(i, AFFINE), load_atlas())) for i in (scan, dim)]
+    fields = [
+        tissue_field(i.astype(np.float32), brain > 0, MM, atlas_terms(meta(i, AFFINE), load_atlas()))
+        for i in (scan, dim)
+    ]
     np.testing.assert_allclose(fields[1], fields[0], rtol=0.02)
 
 

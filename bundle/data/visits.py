@@ -1,0 +1,66 @@
+"""Which scans are of one visit: several contrasts of one person, taken at one time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .datalist import named_uniquely
+from .files import CONTRASTS, stem
+from .formats import named_contrast, study_of
+
+# words that tell how a scan was made, not whose it is
+_MANNER = {"w", "3d", "2d", "iso", "se", "tse", "fse", "space", "cube", "vista", "mpr", "sag", "cor", "tra", "ax"}
+
+
+def list_visits(scans: Sequence[Mapping[str, Any]], combine: bool = True) -> list[dict[str, Any]]:
+    """Visits of which there are scans of several contrasts, each with a ``name`` that ends in "_combined", and its
+    ``scans``.
+
+    Of a visit are the scans of a subject and session of a BIDS dataset; DICOM series of one study; and files of one
+    folder whose names differ only in the contrast that they tell ("t1", "t2", "flair"; "anna_T1w", "anna_FLAIR"). Scans
+    of prepared datasets, whose names may be anything, are of none.
+
+    Args:
+        scans: as of `list_scans`.
+        combine: False gives no visits.
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for scan in scans if combine else ():
+        key = _visit_of(scan)
+        if key is not None:
+            groups.setdefault(key, []).append(scan)
+    several = {key: group for key, group in groups.items() if len({_told(s) or s["name"] for s in group}) > 1}
+    others = named_uniquely([{"image": key[1]} for key in several if key[0] != "bids"])
+    names = iter(item["name"] for item in others)
+    taken = {scan["name"] for scan in scans}
+    visits = [
+        {"name": f"{key[1] if key[0] == 'bids' else next(names)}_combined", "scans": group}
+        for key, group in several.items()
+    ]
+    return [visit for visit in visits if visit["name"] not in taken]
+
+
+def _visit_of(scan: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Kind of the visit, what names it, and what else it is told by; None if the scan is of none."""
+    if "bids" in scan:
+        return "bids", "_".join(filter(None, (scan["subject"], scan.get("session"))))
+    if "prepared" in scan:
+        return None
+    file = Path(scan["image"])
+    study = study_of(file) if file.is_dir() else None
+    if study:
+        return "study", str(file.parent), study
+    if _told(scan) is None:
+        return None
+    words = [w for w in re.split(r"[^\w]+|_", stem(file)) if w]
+    left = "_".join(w for w in words if named_contrast(w) is None and w.lower() not in _MANNER)
+    return "files", str(file.parent / left) if left else str(file.parent.resolve())
+
+
+def _told(scan: Mapping[str, Any]) -> str | None:
+    """Contrast that a scan's list or name tells; None for none."""
+    contrast = scan.get("contrast") or named_contrast(stem(scan["image"]))
+    return contrast if contrast in CONTRASTS else None
