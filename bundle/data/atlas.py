@@ -15,7 +15,6 @@ import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
-from scipy import ndimage
 
 from bundle.errors import InputError
 
@@ -96,15 +95,15 @@ def load_atlas(template: str | None = None) -> Atlas:
 def atlas_overlap(brain_mask: MetaTensor, atlas: Atlas) -> float:
     """Dice of a brain mask ``[1, X, Y, Z]`` and the atlas' within the mask's field of view; 1 is perfect.
 
-    Voxels finer than the default atlas' are looked at in steps of at most 2 mm: a large scan needs gigabytes otherwise.
+    Voxels much finer than the atlas' are looked at in steps of at most 1.5 mm: a large scan needs gigabytes otherwise.
     """
-    affine = np.asarray(brain_mask.affine, float)
-    voxel = np.linalg.norm(affine[:3, :3], axis=0)
-    steps = [min(max(1, int(2.0 / v)), n) for v, n in zip(voxel, brain_mask.shape[1:])]
-    inside = brain_mask[0].cpu().numpy()[tuple(slice(None, None, step) for step in steps)] > 0
-    to_atlas = np.linalg.inv(np.asarray(atlas.brain_mask.affine, float)) @ affine @ np.diag([*steps, 1.0])
-    known = atlas.brain_mask[0].numpy() > 0
-    expected = ndimage.affine_transform(known, to_atlas, output_shape=inside.shape, order=0, mode="grid-constant")
+    voxel = np.linalg.norm(np.asarray(brain_mask.affine, float)[:3, :3], axis=0)
+    steps = [min(max(1, int(1.5 / v)), n) for v, n in zip(voxel, brain_mask.shape[1:])]
+    affine = brain_mask.affine @ torch.diag(torch.tensor([*steps, 1.0], dtype=brain_mask.affine.dtype))
+    few = brain_mask.as_tensor()[:, :: steps[0], :: steps[1], :: steps[2]]
+    brain_mask = MetaTensor(few, affine=affine)
+    expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(atlas.brain_mask, img_dst=brain_mask) > 0
+    inside = brain_mask > 0
     return float(2 * (inside & expected).sum() / (inside.sum() + expected.sum()))
 
 
