@@ -126,8 +126,10 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
     """
     fixed, fixed_mask = to_sitk(atlas.template * atlas.brain_mask), to_sitk(atlas.brain_mask, np.uint8)
     inside = brain_mask.as_tensor() > 0
-    brain = MetaTensor(torch.where(inside, image.as_tensor(), 0.0), affine=image.affine)
-    moving, moving_mask = to_sitk(brain), to_sitk(brain_mask, np.uint8)
+    # formats keep a header to different digits, and the optimiser amplifies the last ones
+    affine = image.affine.double().round(decimals=4)
+    brain = MetaTensor(torch.where(inside, image.as_tensor(), 0.0), affine=affine)
+    moving, moving_mask = to_sitk(brain), to_sitk(MetaTensor(brain_mask.as_tensor(), affine=affine), np.uint8)
     coarse, fine = _shrunken(moving, 4.0), _shrunken(moving, 2.0)
     center, middle = _centroid(fixed_mask), _centroid(moving_mask)
     # brain and a rim around it: the outline of the brain is the strongest guide an affine transform has
