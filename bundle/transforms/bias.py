@@ -63,6 +63,12 @@ def _weighted_fit(columns: np.ndarray, values: np.ndarray, weight: np.ndarray) -
     return np.linalg.solve(normal, columns.T @ (weight * values))
 
 
+def _median_and_deviation(values: np.ndarray) -> tuple[np.floating, np.floating]:
+    """Median, and median absolute deviation from it; 1.4826 times that is a robust standard deviation."""
+    middle = np.median(values)
+    return middle, np.median(np.abs(values - middle))
+
+
 def _biweight(residual: np.ndarray, reach: float) -> np.ndarray:
     """Tukey's weights: 1 at 0, none from ``reach`` on."""
     return np.maximum(1 - (residual / reach) ** 2, 0) ** 2
@@ -119,9 +125,8 @@ def usual_places(even: np.ndarray, usable: np.ndarray, expected: np.ndarray) -> 
     around[usable] = residual.clip(-4 * spread, 4 * spread)
     share = gaussian_filter(usable.astype(float), _AROUND_MM / _LATTICE_MM)
     around = gaussian_filter(around, _AROUND_MM / _LATTICE_MM) / np.maximum(share, 1e-3)
-    middle = np.median(around[usable])
-    spread = 1.4826 * np.median(np.abs(around[usable] - middle)) + 1e-6
-    return usable & (np.abs(around - middle) <= _UNUSUAL * spread)
+    middle, deviation = _median_and_deviation(around[usable])
+    return usable & (np.abs(around - middle) <= _UNUSUAL * (1.4826 * deviation + 1e-6))
 
 
 def class_fit(log: np.ndarray, basis: np.ndarray) -> np.ndarray:
@@ -146,8 +151,8 @@ def class_fit(log: np.ndarray, basis: np.ndarray) -> np.ndarray:
     for number in range(_ROUNDS):
         if number and number % 10 == 0:
             level = np.exp(even)
-            middle = np.median(level)
-            dim = level <= middle + _BRIGHTEST_EVEN * 1.4826 * np.median(np.abs(level - middle))
+            middle, deviation = _median_and_deviation(level)
+            dim = level <= middle + _BRIGHTEST_EVEN * 1.4826 * deviation
         density = share * np.exp(-0.5 * (even[:, None] - mean) ** 2 / variance) / np.sqrt(2 * np.pi * variance)
         belongs = density / (density.sum(1, keepdims=True) + nowhere) * dim[:, None]
         total = belongs.sum(0) + 1e-9
@@ -197,8 +202,8 @@ def tissue_field(image: np.ndarray, inside: np.ndarray, spacing: float, expected
     log = np.log(np.where(usable, lattice, 1), dtype=np.float64)
     atlas = expected[sparse].astype(np.float64)
     rough = difference_fit(log, usable, basis, atlas)
-    middle = np.median(values)
-    reach = middle + _BRIGHTEST * 1.4826 * np.median(np.abs(values - middle))
+    middle, deviation = _median_and_deviation(values)
+    reach = middle + _BRIGHTEST * 1.4826 * deviation
     usual = usual_places(log - basis @ rough, usable, atlas) & (lattice <= reach)
     if usual.sum() < _LEAST_PLACES * basis.shape[-1]:
         usual = usable
