@@ -250,9 +250,10 @@ def visit_measured(folder, label, out):
     run = [sys.executable, "-m", "monai.bundle", "run", "inference", "--config_file", "configs/inference.json"]
     run += ["--dataset_dir", folder, "--output_dir", out]
     measure = [sys.executable, "scripts/measure_results.py", "--output_dir", out, "--label", label]
-    for command in (run, measure):
-        result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=1200)
-        assert result.returncode == 0, result.stderr[-3000:]
+    result = run_here(list(map(str, run)))
+    assert result.returncode == 0, result.stderr[-3000:]
+    result = subprocess.run(list(map(str, measure)), cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stderr[-3000:]
     print(f"\n{result.stdout}")
     lines = [line.split() for line in result.stdout.splitlines()]
     return {contrast: (float(auprc), float(dice)) for _, contrast, _, auprc, _, dice in lines}
