@@ -11,7 +11,7 @@ import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ from bundle.scoring import require_model
 from bundle.scoring.calibration_file import DAMAGE, model_hash
 from bundle.transforms.sampling import slice_position
 
-from .inferer import PatchLocationInferer
+if TYPE_CHECKING:
+    from .inferer import PatchLocationInferer
 
 COMPONENTS = 16
 # edges of the blocks that mean and covariance are kept in, and sigmas of the Gaussians over them
@@ -81,16 +82,25 @@ class Embedding:
 
 
 class Components(nn.Module):
-    """A localiser that gives the projected features of its patches, ``[B, K, H', W']``, instead of locations."""
+    """A localiser that gives the projected features of its patches, ``[B, K, H', W']``.
 
-    def __init__(self, network: nn.Module, center: torch.Tensor, projection: torch.Tensor) -> None:
+    Args:
+        network: has ``embed`` and ``locate``, see `PatchLocator`.
+        center, projection: of an `Embedding`.
+        behind: give them behind the network's own channels, ``[B, 4 + K, H', W']``, instead of alone.
+    """
+
+    def __init__(
+        self, network: nn.Module, center: torch.Tensor, projection: torch.Tensor, behind: bool = False
+    ) -> None:
         super().__init__()
-        self.network, self.center, self.projection = network, center, projection
+        self.network, self.center, self.projection, self.behind = network, center, projection, behind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.network.embed(x).float()  # type: ignore[operator]
+        features = self.network.embed(x)  # type: ignore[operator]
         weight = self.projection.T[:, :, None, None].to(features)
-        return F.conv2d(features, weight, -(self.center @ self.projection).to(features))
+        components = F.conv2d(features.float(), weight.float(), -(self.center @ self.projection).to(features).float())
+        return torch.cat([self.network.locate(features), components], 1) if self.behind else components  # type: ignore[operator]
 
 
 def _block_of(inside: torch.Tensor, edge: int) -> torch.Tensor:
@@ -348,6 +358,8 @@ class EmbeddingMapd(MapTransform):
         embedding_file: of `fit_embedding`; likewise.
         device: to run on.
         output_key: where the distance ``[1, H, W, D]`` goes.
+        pred_key: what the main inferer has given, ``[C, H, W, D]``: if the components are among it, behind two anomaly
+            channels, the network is not run.
 
     Raises:
         InputError: an embedding that cannot be read, or of another model; a network that has none.
@@ -362,27 +374,37 @@ class EmbeddingMapd(MapTransform):
         embedding_file: str,
         device: torch.device | str = "cpu",
         output_key: str = "embedding",
+        pred_key: str = "pred",
     ) -> None:
         super().__init__(keys)
         self.network, self.inferer, self.model_file, self.device = network, inferer, model_file, device
-        self.embedding_file, self.output_key = embedding_file, output_key
-        self._embedding: Embedding | None = None
-        self._loaded = ""
+        self.embedding_file, self.output_key, self.pred_key = embedding_file, output_key, pred_key
+        self._embedding: Embedding
+        self._loaded = self._network_file = ""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         file, model_file = (of_contrast(path, d.get("contrast")) for path in (self.embedding_file, self.model_file))
-        if self._embedding is None or self._loaded != file:
+        if self._loaded != file:
             if not Path(file).is_file():
                 return d
             if not hasattr(self.network, "embed"):
                 raise InputError(f"{file}: a {type(self.network).__name__} has no embedding")
-            load_weights(self.network, model_file)
-            self.network.to(self.device).eval()
             self._embedding, self._loaded = load_embedding(file, model_file), file
         found, image = self._embedding, d[self.keys[0]]
-        volume = image.as_tensor().to(self.device).float()
-        network = Components(self.network, found.center, found.projection).to(self.device)
-        distance = found.distance(self.inferer(volume[None], network)[0].cpu(), volume.cpu() > 0)
+        volume = image.as_tensor().float()
+        components = d[self.pred_key][2:].as_tensor() if self.pred_key in d else volume[:0]
+        if not len(components):
+            components = self._run(volume, model_file, found)
+        distance = found.distance(components.cpu(), volume.cpu() > 0)
         d[self.output_key] = MetaTensor(distance).copy_meta_from(image)
         return d
+
+    def _run(self, volume: torch.Tensor, model_file: str, found: Embedding) -> torch.Tensor:
+        """The components of a volume by the network, once more."""
+        if self._network_file != model_file:
+            load_weights(self.network, model_file)
+            self.network.to(self.device).eval()
+            self._network_file = model_file
+        network = Components(self.network, found.center, found.projection).to(self.device)
+        return self.inferer(volume[None].to(self.device), network)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from bundle.networks import load_weights
 from bundle.scoring import anomaly_channels, fill_outside, require_model
 from bundle.scoring.paper import near, paper_channels
 from bundle.transforms.sampling import patch_centers, slice_position
+
+from .embedding import Components, load_embedding
 
 _FEWEST_POSITIONS = 512  # smaller chunks than that are a matter of what else is in the memory
 
@@ -83,6 +86,8 @@ class PatchLocationInferer(Inferer):
         model_file: weights (a flat state dict) that are put into the network before its first volume. MONAI's runner
             does that by itself; MONAI Label hands over the weights of ``model.pt``, whatever the contrast. Of the
             contrast "auto": those of the ``contrast`` in each volume's ``meta``, which `TellContrastd` writes.
+        embedding_file: of `fit_embedding`; likewise. Where there is one, the components of the embedding follow behind
+            the anomaly channels, ``[B, 2 + K, H, W, D]``: one pass of the network serves both (`EmbeddingMapd`).
 
     Raises:
         InputError: weights that cannot be read or are of another network.
@@ -99,6 +104,7 @@ class PatchLocationInferer(Inferer):
         output: str = "anomaly",
         whole_slices: bool = False,
         model_file: str | None = None,
+        embedding_file: str | None = None,
     ) -> None:
         super().__init__()
         if precision not in ("float32", "bfloat16"):
@@ -107,9 +113,9 @@ class PatchLocationInferer(Inferer):
             raise ValueError(f"unknown output '{output}'")
         self.patch_size, self.stride, self.max_positions = patch_size, stride, max_positions
         self.precision, self.output = precision, output
-        self.whole_slices, self.model_file = whole_slices, model_file
-        self._loaded: Any = None
-        self._loaded_file = ""
+        self.whole_slices, self.model_file, self.embedding_file = whole_slices, model_file, embedding_file
+        self._loaded: tuple[Any, str, str] = (None, "", "")
+        self._with_components: Any = None
 
     @torch.no_grad()
     def __call__(
@@ -122,12 +128,22 @@ class PatchLocationInferer(Inferer):
         told = getattr(inputs, "meta", {}).get("contrast")
         results = []
         for volume, contrast in zip(volumes, told if isinstance(told, list) else [told] * len(volumes)):
-            file = None if self.model_file is None else of_contrast(self.model_file, contrast)
-            if file is not None and (self._loaded is not network or self._loaded_file != file):
-                load_weights(network, file)
-                self._loaded, self._loaded_file = network, file
-            results.append(self._with_what_memory_there_is(volume[0], network))
+            results.append(self._with_what_memory_there_is(volume[0], self._of_contrast(network, contrast)))
         return convert_to_dst_type(torch.stack(results), inputs)[0]
+
+    def _of_contrast(self, network: Any, contrast: str | None) -> Any:
+        """The network with the weights of the contrast; gives the components too, where there is an embedding."""
+        files = [f and of_contrast(f, contrast) for f in (self.model_file, self.embedding_file)]
+        model_file, embedding_file = (f or "" for f in files)
+        if self._loaded != (network, model_file, embedding_file):
+            if model_file:
+                load_weights(network, model_file)
+            self._with_components = network
+            if hasattr(network, "embed") and model_file and Path(embedding_file).is_file():
+                found = load_embedding(embedding_file, model_file)
+                self._with_components = Components(network, found.center, found.projection, behind=True)
+            self._loaded = network, model_file, embedding_file
+        return self._with_components
 
     def _with_what_memory_there_is(self, volume: torch.Tensor, network: Any) -> torch.Tensor:
         """`_volume`; where the GPU's memory runs out, in ever smaller chunks, and at last on the CPU. What fits once is
@@ -178,7 +194,8 @@ class PatchLocationInferer(Inferer):
         location = torch.stack(torch.meshgrid(*centers, indexing="ij"))[..., None]
         if self.output == "paper":
             return paper_channels(result[None], location[None])[0]
-        return fill_outside(anomaly_channels(result[None], location[None])[0], inside[None])
+        channels = fill_outside(anomaly_channels(result[None, :4], location[None])[0], inside[None])
+        return torch.cat([channels, result[4:] * inside])
 
     def _tiles(self, inside: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[int, int], tuple[int, int]]]:
         """Slices, rows and columns that together cover the brain, of at most ``max_positions`` positions each (one row

@@ -106,7 +106,10 @@ class PatchLocator(nn.Module):
         return nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU(inplace=True), last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.embed(x)
+        return self.locate(self.embed(x))
+
+    def locate(self, features: torch.Tensor) -> torch.Tensor:
+        """The heads: features ``[B, features, H', W']`` to locations and log variances ``[B, 4, H', W']``."""
         variance_features = features.detach() if self.detach_variance else features
         return torch.cat([self.location_head(features), self.variance_head(variance_features)], 1)
 

@@ -96,7 +96,7 @@ def raw_maps(
     mean, spread, _ = normative.on(image.shape[1:])
     own = {
         "squared_error": channels[:1],
-        "variance": channels[1:],
+        "variance": channels[1:2],
         "z": (sign * (image - mean) / spread).clamp(*_Z_RANGE),
         "intensity": sign * image,
     }

@@ -42,6 +42,18 @@ def _shrunken(image: sitk.Image, voxel_mm: float) -> sitk.Image:
     return sitk.BinShrink(image, [max(1, int(voxel_mm / s)) for s in image.GetSpacing()])
 
 
+def _cropped(brain: MetaTensor, inside: torch.Tensor, margin_mm: float) -> tuple[MetaTensor, torch.Tensor]:
+    """The box of the brain and ``margin_mm`` around it: what lies beyond is 0, and costs as much as the brain."""
+    spacing = np.linalg.norm(brain.affine.numpy()[:3, :3], axis=0)
+    at = torch.nonzero(inside[0]).numpy()
+    margin = np.ceil(margin_mm / spacing).astype(int)
+    first = np.maximum(at.min(0) - margin, 0)
+    box = (slice(None), *(slice(a, b) for a, b in zip(first, at.max(0) + margin + 1)))
+    affine = brain.affine.clone()
+    affine[:3, 3] += affine[:3, :3] @ torch.as_tensor(first, dtype=affine.dtype)
+    return MetaTensor(brain.as_tensor()[box], affine=affine), inside[box]
+
+
 def _turned(image: sitk.Image, turn: np.ndarray, center: np.ndarray) -> sitk.Image:
     """``image`` turned by ``turn`` about ``center``; its voxels stay as they are."""
     turned = sitk.Image(image)
@@ -81,7 +93,7 @@ def _optimise(
     method.SetMetricSamplingStrategy(method.RANDOM)
     method.SetMetricSamplingPercentagePerLevel(list(shares), seed + 1)  # SimpleITK takes 0 for the clock
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, iterations, relaxationFactor=0.6)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-2, iterations, relaxationFactor=0.6)
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel([max(1, round(mm / fixed.GetSpacing()[0])) for mm in levels_mm])
     method.SetSmoothingSigmasPerLevel([mm / 2 for mm in levels_mm])
@@ -128,8 +140,8 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
     inside = brain_mask.as_tensor() > 0
     # formats keep a header to different digits, and the optimiser amplifies the last ones
     affine = image.affine.double().round(decimals=4)
-    brain = MetaTensor(torch.where(inside, image.as_tensor(), 0.0), affine=affine)
-    moving, moving_mask = to_sitk(brain), to_sitk(MetaTensor(brain_mask.as_tensor(), affine=affine), np.uint8)
+    brain, inside = _cropped(MetaTensor(torch.where(inside, image.as_tensor(), 0.0), affine=affine), inside, 20.0)
+    moving, moving_mask = to_sitk(brain), to_sitk(MetaTensor(inside.float(), affine=brain.affine), np.uint8)
     coarse, fine = _shrunken(moving, 4.0), _shrunken(moving, 2.0)
     center, middle = _centroid(fixed_mask), _centroid(moving_mask)
     # brain and a rim around it: the outline of the brain is the strongest guide an affine transform has
@@ -154,7 +166,7 @@ def register_to_atlas(image: MetaTensor, brain_mask: MetaTensor, atlas: Atlas, s
         found.SetCenter(start.GetCenter())
         found.SetMatrix(start.GetMatrix())
         found.SetTranslation(start.GetTranslation())
-        _optimise(fixed, fixed_mask, _turned(fine, turn, middle), found, [8.0, 4.0, 2.0], [0.5, 0.3, 0.2], 150, seed)
+        _optimise(fixed, fixed_mask, _turned(fine, turn, middle), found, [8.0, 4.0, 2.0], [0.5, 0.3, 0.1], 150, seed)
         atlas_to_scan, back = np.eye(4), np.eye(4)
         matrix, c = np.array(found.GetMatrix()).reshape(3, 3), np.array(found.GetCenter())
         atlas_to_scan[:3, :3], atlas_to_scan[:3, 3] = matrix, np.array(found.GetTranslation()) + c - matrix @ c

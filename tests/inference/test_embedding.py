@@ -6,7 +6,7 @@ import torch
 
 from bundle.errors import InputError
 from bundle.inference import EmbeddingMapd, PatchLocationInferer, fit_embedding, load_embedding
-from bundle.inference.embedding import Components, Embedding, FeatureMoments, principal_components
+from bundle.inference.embedding import COMPONENTS, Components, Embedding, FeatureMoments, principal_components
 from bundle.networks import PatchLocator, save_weights
 from tests.conftest import ellipsoid, meta
 
@@ -126,3 +126,19 @@ def test_too_few_people_and_networks_without_are_left_alone(tmp_path, capsys):
     assert "at least 3 healthy scans, got 2" in capsys.readouterr().out
     fit_embedding(scans(3), torch.nn.Identity(), inferer, tmp_path / "embedding_t1.json", model, "t1", GRID)
     assert not (tmp_path / "embedding_t1.json").exists()
+
+
+def test_one_pass_of_the_network_serves_both(tmp_path):
+    """The inferer's further channels give the very map that a pass of its own gives, and change no other channel."""
+    model, path = tmp_path / "model.pt", tmp_path / "embedding_t1.json"
+    save_weights(network(), model)
+    alone = PatchLocationInferer(8, output="location")
+    fit_embedding(scans(4), network(), alone, path, model, "t1", GRID)
+    scan, both = scans(1, seed=9)[0], PatchLocationInferer(8, model_file=str(model), embedding_file=str(path))
+    pred = both(scan["image"][None], network())[0]
+    usual = PatchLocationInferer(8)(scan["image"][None], network())[0]
+    assert pred.shape == (2 + COMPONENTS, *SHAPE) and torch.equal(pred[:2].as_tensor(), usual.as_tensor())
+    add = EmbeddingMapd("image", torch.nn.Sequential(), alone, model, path)
+    add.network.embed = None  # an embedding of its own would fail
+    expected = EmbeddingMapd("image", network(), alone, model, path)(scan)["embedding"]
+    assert torch.equal(add({**scan, "pred": pred})["embedding"].as_tensor(), expected.as_tensor())
