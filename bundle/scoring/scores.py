@@ -93,11 +93,10 @@ def raw_maps(
     high.
     """
     sign = LESION_SIGN[contrast]
-    mean, spread, _ = normative.on(image.shape[1:])
     own = {
         "squared_error": channels[:1],
         "variance": channels[1:2],
-        "z": (sign * (image - mean) / spread).clamp(*_Z_RANGE),
+        "z": normative.z(image, contrast, telling=True).clamp(*_Z_RANGE),
         "intensity": sign * image,
     }
     return {**own, **maps}

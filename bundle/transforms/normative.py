@@ -25,6 +25,9 @@ from bundle.parallel import is_main
 
 # sign of the intensity change that most lesions show
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
+# brightness between which a difference tells: fluid is darker on T1w, and brighter on T2w, than most lesions, so that
+# beyond it z-scores follow how much fluid an old brain has (chosen on planted tuning scans, docs/results.md)
+TELLING = {"t1": (0.35, 10.0), "t2": (0.0, 0.9)}
 # smoothing of mean and spread: more spreads cortex over white matter (docs/results.md)
 MEAN_MM, SPREAD_MM = 1.0, 1.6
 # voxels within so many spreads of what is expected at their place are taken for healthy, and their quantiles matched
@@ -45,28 +48,31 @@ class NormativeMap:
     Attributes:
         mean, spread: ``[1, h, w, d]``, of intensities as `NormalizeBrainIntensityd` scales them by percentiles.
         share: of the subjects that have brain there, ``[1, h, w, d]``, in [0, 1].
-        facts: contrast, number of subjects, grid, version of the chain.
+        facts: contrast, number of subjects, grid, version of the chain; ``telling``: see `TELLING`.
+        telling_mean, telling_spread: of intensities that are held to ``telling``; None: ``mean`` and ``spread``.
     """
 
     mean: torch.Tensor
     spread: torch.Tensor
     share: torch.Tensor
     facts: Mapping[str, Any] = field(default_factory=dict)
+    telling_mean: torch.Tensor | None = None
+    telling_spread: torch.Tensor | None = None
 
     def on(self, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean, spread and share on a grid ``[H, W, D]`` of the same extent."""
-        if tuple(shape) == tuple(self.mean.shape[1:]):
-            return self.mean, self.spread, self.share
-        maps = torch.stack([self.mean, self.spread, self.share])
-        mean, spread, share = F.interpolate(maps, tuple(shape), mode="trilinear", align_corners=False)
+        mean, spread, share = _on([self.mean, self.spread, self.share], shape)
         return mean, spread, share
 
-    def z(self, image: torch.Tensor, contrast: str) -> torch.Tensor:
+    def z(self, image: torch.Tensor, contrast: str, telling: bool = False) -> torch.Tensor:
         """Healthy spreads by which each voxel of ``[1, H, W, D]`` lies to the lesions' side of its place's mean; 0
-        outside the brain.
+        outside the brain. With ``telling`` intensities are held to the range in which a difference tells (`TELLING`).
         """
-        mean, spread, _ = (m.to(image) for m in self.on(image.shape[1:]))
-        return LESION_SIGN[contrast] * (image - mean) / spread * (image > 0)
+        usual, inside = [self.mean, self.spread], image > 0
+        if telling and self.telling_mean is not None and self.telling_spread is not None:
+            usual, image = [self.telling_mean, self.telling_spread], image.clamp(*self.facts["telling"])
+        mean, spread = (m.to(image) for m in _on(usual, image.shape[1:]))
+        return LESION_SIGN[contrast] * (image - mean) / spread * inside
 
     def match(self, image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.
@@ -113,6 +119,13 @@ class NormativeMap:
         return int(healthy.sum()), slope, offset
 
 
+def _on(maps: Sequence[torch.Tensor], shape: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Maps ``[1, h, w, d]`` on a grid ``[H, W, D]`` of the same extent."""
+    if tuple(shape) == tuple(maps[0].shape[1:]):
+        return maps
+    return F.interpolate(torch.stack(list(maps)), tuple(shape), mode="trilinear", align_corners=False).unbind()
+
+
 def normative_file(ckpt_dir: str | Path, contrast: str) -> str:
     """The normative map of a contrast in a folder of models."""
     return str(Path(ckpt_dir) / f"normative_{contrast}.json")
@@ -147,17 +160,21 @@ def fit_normative(
         factor, spacing = coarsening(float(grid["spacing"])), float(grid["spacing"])
         volumes = [torch.as_tensor(dataset[i]["image"]).cpu() for i in range(len(dataset))]
         values = torch.stack([coarsen(v, v > 0, factor) for v in volumes])
-        digest = hashlib.sha256(json.dumps([contrast, CHAIN, mean_mm, spread_mm, dict(grid)]).encode())
+        telling = {"telling": TELLING[contrast]} if contrast in TELLING else {}
+        made = [contrast, CHAIN, mean_mm, spread_mm, *telling.values(), dict(grid)]
+        digest = hashlib.sha256(json.dumps(made).encode())
         digest.update(values.numpy().tobytes())
-        facts = {"contrast": contrast, "chain": CHAIN, "subjects": len(values), "grid": dict(grid)}
+        facts = {"contrast": contrast, "chain": CHAIN, "subjects": len(values), "grid": dict(grid), **telling}
         facts |= {"mean_mm": mean_mm, "spread_mm": spread_mm, "made_from": digest.hexdigest()}
         if not Path(path).is_file() or read_json(path, "normative map").get("made_from") != facts["made_from"]:
-            mean, spread = population_maps(values, mean_mm / spacing / factor, spread_mm / spacing / factor)
-            share = (~values.isnan()).float().mean(0, keepdim=True)
+            sigmas = mean_mm / spacing / factor, spread_mm / spacing / factor
+            maps = dict(zip(("mean", "spread"), population_maps(values, *sigmas)))
+            maps["share"] = (~values.isnan()).float().mean(0, keepdim=True)
+            for between in telling.values():
+                held = population_maps(values.clamp(*between), *sigmas)
+                maps |= zip(("telling_mean", "telling_spread"), held)
             affine = coarse_affine(np.asarray(dataset[0]["image"].affine), factor)  # type: ignore[attr-defined]
-            index = write_maps(
-                Path(path).with_suffix(".nii.gz"), {"mean": mean, "spread": spread, "share": share}, affine
-            )
+            index = write_maps(Path(path).with_suffix(".nii.gz"), maps, affine)
             write_json(path, {**facts, "maps": index})
         print(f"{path}: how bright {len(values)} healthy {contrast} scans are at every place", flush=True)
     if dist.is_initialized():
@@ -171,7 +188,7 @@ def _read(path: str, _time: int) -> NormativeMap:
         raise InputError(f"{path}: of an older version's preparation; prepare the scans and train again")
     try:
         maps = read_maps(Path(path).with_suffix(".nii.gz"), content["maps"])
-        return NormativeMap(maps["mean"], maps["spread"], maps["share"], content)
+        return NormativeMap(**maps, facts=content)
     except (KeyError, TypeError, ValueError, IndexError, OSError, EOFError, zlib.error, ImageFileError) as error:
         raise InputError(f"{path}: damaged normative map ({error!r}); run the training again") from error
 
