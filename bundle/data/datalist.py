@@ -14,8 +14,9 @@ import torch
 
 from bundle.errors import InputError
 
-from .files import is_there, read_json, write_volume
+from .files import is_there, read_json
 from .names import named_uniquely
+from .volumes import write_volume
 
 # Version of what stands between a file and the networks: mask, alignment, grid, bias field, intensities. Data that were
 # prepared, and models that were trained, by another are refused.

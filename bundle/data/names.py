@@ -9,7 +9,7 @@ from typing import Any
 
 from bundle.errors import InputError
 
-from .files import stem
+from .formats import stem
 
 _LONGEST_NAME = 150  # bytes; names of results are longer, and file systems take 255
 

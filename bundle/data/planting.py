@@ -20,7 +20,9 @@ from tqdm import tqdm
 from bundle.errors import InputError
 
 from .datalist import load_datalist
-from .files import claim_folder, is_nifti, nifti_header, read_json, stem, write_json, write_volume
+from .files import claim_folder, read_json, write_json
+from .formats import is_nifti, stem
+from .volumes import nifti_header, write_volume
 
 # what a lesion's brightness tends to: a quantile of the brain's own intensities, and the range of factors on it.
 # T1w: nearly as dark as fluid; T2w: nearly as bright as fluid; FLAIR: brighter than any healthy tissue.

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from .files import write_volume
+from .volumes import write_volume
 
 # of 16 bit, the last four are left 0: nobody knows such maps that finely, and the files are a quarter smaller
 _CODES, _STEP = 65520, 16

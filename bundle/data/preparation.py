@@ -17,8 +17,9 @@ from bundle.errors import InputError
 
 from .atlas import atlas_overlap, contrast_doubt, load_atlas
 from .datalist import CHAIN, VOLUME_KEYS
-from .files import read_json, write_json, write_volume
+from .files import read_json, write_json
 from .own_volume import scan_to_atlas
+from .volumes import write_volume
 
 # of the items that are written; part of what a prepared scan was made from
 _FORMAT = [CHAIN, 1]

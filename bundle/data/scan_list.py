@@ -12,8 +12,9 @@ from bundle.errors import InputError
 
 from .bids import find_bids_scans, is_bids
 from .datalist import add_maps, load_datalist
-from .files import AUTO, SCAN_FORMATS, analyze_pair, is_dicom, is_scan, is_there, stem
-from .formats import holds_dicom
+from .dicom import holds_dicom
+from .files import AUTO, is_there
+from .formats import SCAN_FORMATS, analyze_pair, is_dicom, is_scan, stem
 from .names import named_uniquely
 
 # a volume whose name ends so belongs to the scan of the same name and is no scan itself

@@ -21,19 +21,10 @@ from ignite.engine import Engine, Events
 import bundle
 from bundle.command_line import impersonal, record_run
 from bundle.data.bids import begin_derivative, result_path, sidecar
+from bundle.data.dicom import dicom_files, is_dicom_scan
 from bundle.data.dicom_seg import HINT, has_highdicom, write_segmentation
-from bundle.data.files import (
-    AUTO,
-    alone_in,
-    claim_folder,
-    is_there,
-    nifti_header,
-    share,
-    unwritable,
-    write_json,
-    write_text,
-)
-from bundle.data.formats import RESULT_ENDINGS, dicom_files, is_dicom_scan, result_ending, write_result
+from bundle.data.files import AUTO, alone_in, claim_folder, is_there, share, unwritable, write_json, write_text
+from bundle.data.volumes import RESULT_ENDINGS, nifti_header, result_ending, write_result
 from bundle.errors import InputError, explain
 from bundle.parallel import Shard, gather, is_main
 from bundle.scoring import PARTS, CalibrationFile, FindLesionsd

@@ -16,8 +16,8 @@ from scipy import ndimage
 from bundle.command_line import run_records
 from bundle.data.bids import result_path
 from bundle.data.files import write_json
-from bundle.data.formats import RESULT_ENDINGS
 from bundle.data.own_volume import own_voxel_mm3
+from bundle.data.volumes import RESULT_ENDINGS
 from bundle.errors import InputError, explain
 from bundle.scoring import FindLesionsd, combine_contrasts, excess_ml, leading_contrast, sees
 from bundle.transforms import EXAMINED, KeepVolumed, LoadScand, register_rigidly

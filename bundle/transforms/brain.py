@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransform, ResampleToMatch
 from scipy import ndimage
 
-from bundle.data.files import write_volume
+from bundle.data.volumes import write_volume
 from bundle.errors import InputError, flag
 
 # A stripped scan is mostly zeros, and what is left has the size of a brain. Zeros alone prove nothing: scanners blank

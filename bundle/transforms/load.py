@@ -18,8 +18,10 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from nibabel.openers import ImageOpener
 
-from bundle.data.files import AUTO, BEST_COMPRESSION, ITK_ENDINGS, MOST_VOXELS, analyze_pair
-from bundle.data.formats import read_dicom, read_dicom_zip, read_itk
+from bundle.data.dicom import read_dicom, read_dicom_zip
+from bundle.data.files import AUTO
+from bundle.data.formats import BEST_COMPRESSION, ITK_ENDINGS, MOST_VOXELS, analyze_pair
+from bundle.data.itk_files import read_itk
 from bundle.errors import InputError, flag
 
 from .brain import mask_volume_ml
