@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.layers import GaussianFilter
-from monai.transforms import Compose, Invertd
+from monai.transforms import Compose, Invertd, MaskIntensityd
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from bundle.data import grid_affine
 from bundle.errors import InputError
-from bundle.transforms import FillOutsided, KeepVolumed, MaskOutsided, ResampleToGrid, ResampleToGridd
+from bundle.transforms import FillOutsided, KeepVolumed, ResampleToGrid, ResampleToGridd
 from bundle.transforms.spatial import smooth
 from tests.conftest import CENTER, ellipsoid, meta
 
@@ -76,7 +76,7 @@ def test_rim_is_not_darkened_by_the_outside():
     chain = Compose([ResampleToGridd("image", 1.7, (14, 14, 14), (9.5, 9.5, 9.5), allow_missing_keys=True)])
     data = chain({"image": meta(inside), "brain_mask": meta(inside)})
     data["heatmap"] = torch.where(data["brain_mask"] > 0, -3.0, -9.0) * torch.ones_like(data["image"])
-    data = MaskOutsided("heatmap")(data)
+    data = MaskIntensityd("heatmap", mask_key="brain_mask")(data)
     data = Invertd(["heatmap", "brain_mask"], chain, orig_keys="image", nearest_interp=False)(data)
     data = FillOutsided("heatmap")(data)
     brain = data["brain_mask"] > 0
