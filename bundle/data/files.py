@@ -39,7 +39,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        share(temporary)
+        apply_umask(temporary)
         sync(temporary)
         temporary.replace(path)
     except OSError as error:
@@ -64,7 +64,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def share(path: Path) -> None:
+def apply_umask(path: Path) -> None:
     """Give everyone whom the umask allows access to a file or folder that `tempfile` made private."""
     umask = os.umask(0)
     os.umask(umask)
