@@ -9,7 +9,7 @@ from scipy.spatial.transform import Rotation
 from bundle.data import grid_affine
 from bundle.errors import InputError
 from bundle.transforms import FillOutsided, KeepVolumed, ResampleToGrid, ResampleToGridd
-from bundle.transforms.spatial import smooth
+from bundle.transforms.spatial import gaussian_blur
 from tests.conftest import CENTER, ellipsoid, meta
 
 
@@ -42,9 +42,9 @@ def test_resampling_agrees_with_scipy():
 def test_blur_agrees_with_monai(sigma):
     volume = torch.as_tensor(np.random.standard_normal((2, 9, 12, 7)), dtype=torch.float32)
     expected = GaussianFilter(3, list(sigma))(volume[:, None])[:, 0]
-    torch.testing.assert_close(smooth(volume, sigma), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(gaussian_blur(volume, sigma), expected, atol=1e-6, rtol=0)
     whole = (volume * 10).to(torch.int16)
-    assert smooth(whole, sigma).dtype == torch.float32 and whole.dtype == torch.int16
+    assert gaussian_blur(whole, sigma).dtype == torch.float32 and whole.dtype == torch.int16
 
 
 def test_coarse_sampling_averages_instead_of_picking():
