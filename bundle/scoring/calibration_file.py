@@ -19,7 +19,8 @@ from bundle.data.population import read_maps, write_maps
 from bundle.errors import InputError
 from bundle.transforms.normative import load_normative, normative_file
 
-from .fusion import PARTS, Fusion, part_file, replaced
+from .fusion import Fusion, replaced
+from .model_files import PARTS, part_file
 from .scores import Calibration
 
 # what reading files that are no longer whole raises
@@ -35,11 +36,6 @@ def model_hash(model_file: str | Path, contrast: str) -> str:
         beside = Path(model_file).with_name(name)
         digest.update(beside.read_bytes() if beside.is_file() else b"")
     return digest.hexdigest()
-
-
-def reconstruction_file(ckpt_dir: str | Path, contrast: str) -> str:
-    """The reconstruction network's weights of a contrast in a folder."""
-    return part_file("reconstruction", ckpt_dir, contrast)
 
 
 def map_hashes(model_file: str | Path, contrast: str) -> dict[str, str | None]:
