@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import os
 import shutil
@@ -213,6 +214,12 @@ def calibrated_contrasts(ckpt_dir: str | Path) -> list[str]:
     """Contrasts that a folder has calibrations of; T1w, where it has none: what is missing is told by that name."""
     there = [c for c in CONTRASTS if Path(of_contrast(Path(ckpt_dir) / f"calibration_{AUTO}.json", c)).is_file()]
     return there or [CONTRASTS[0]]
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_there(path: str | Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import bundle
 from bundle.command_line import impersonal
-from bundle.data.files import AUTO, is_there
+from bundle.data.files import AUTO, file_hash, is_there
 from bundle.scoring import PARTS, CalibrationFile
 from bundle.shards import Records
 from bundle.transforms import normative_file
@@ -24,7 +23,7 @@ def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict
     each = {contrast: _calibration_facts(file) for contrast, file in calibration.each().items()}
     facts = {**settings, **(each if settings.get("contrast") == AUTO else next(iter(each.values())))}
     if settings.get("atlas") and is_there(settings["atlas"]):
-        facts["atlas_sha256"] = hashlib.sha256(Path(settings["atlas"]).read_bytes()).hexdigest()
+        facts["atlas_sha256"] = file_hash(settings["atlas"])
     facts["bundle"] = bundle.__version__
     return json.loads(impersonal(json.dumps(facts)))
 
@@ -32,7 +31,7 @@ def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict
 def _calibration_facts(calibration: CalibrationFile) -> dict[str, Any]:
     known = calibration.load()
     facts = {k: known.provenance.get(k) for k in ("model_sha256", *(f"{part}_sha256" for part in PARTS))}
-    facts["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
+    facts["calibration_sha256"] = file_hash(calibration.path)
     return {**facts, "fusion": str(known.fusion)}
 
 

@@ -14,7 +14,7 @@ from ignite.engine import Engine, Events
 from nibabel.filebasedimages import ImageFileError
 
 from bundle.data.datalist import CHAIN
-from bundle.data.files import CONTRASTS, calibrated_contrasts, of_contrast, read_json, write_json
+from bundle.data.files import CONTRASTS, calibrated_contrasts, file_hash, of_contrast, read_json, write_json
 from bundle.data.population import read_maps, write_maps
 from bundle.errors import InputError
 from bundle.transforms.normative import load_normative, normative_file
@@ -43,7 +43,7 @@ def map_hashes(model_file: str | Path, contrast: str) -> dict[str, str | None]:
     hashes = {}
     for part in PARTS:
         file = Path(part_file(part, Path(model_file).parent, contrast))
-        hashes[f"{part}_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        hashes[f"{part}_sha256"] = file_hash(file) if file.is_file() else None
     return hashes
 
 
