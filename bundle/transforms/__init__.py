@@ -5,7 +5,8 @@ from .brain import BrainMaskd
 from .contrast import TellContrastd, contrast_likeness
 from .coverage import EXAMINED, NOT_EXAMINED, MarkCoveraged, RestoreCoveraged
 from .intensity import CurvatureFlowd, NormalizeBrainIntensityd, RandCoarseNoised, learn_landmarks
-from .load import CheckLabelsd, IgnoreLabelsd, LoadScand
+from .labels import CheckLabelsd, IgnoreLabelsd
+from .load import LoadScand
 from .normative import LESION_SIGN, NormativeMap, fit_normative, load_normative, normative_file
 from .outside import FillOutsided
 from .recovery import RecoverBraind
