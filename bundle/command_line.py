@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import getpass
-import hashlib
 import inspect
 import json
 import os
@@ -26,7 +25,7 @@ from monai.bundle import ConfigParser
 from monai.bundle import run as runner
 
 import bundle
-from bundle.data.files import read_json, write_json
+from bundle.data.files import file_hash, read_json, write_json
 from bundle.errors import InputError
 from bundle.parallel import is_main
 
@@ -170,7 +169,7 @@ def record_run(folder: str | Path, name: str, files: Sequence[str | Path] = (), 
     record = {
         "config": parser.get() if config else None,
         "overrides": overrides,
-        "sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in there},
+        "sha256": {f.name: file_hash(f) for f in there},
         "versions": {
             "bundle": bundle.__version__,
             "git": git_revision(),

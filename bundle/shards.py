@@ -22,7 +22,7 @@ import torch
 
 import bundle
 from bundle.command_line import configured
-from bundle.data.files import atomic_path
+from bundle.data.files import atomic_path, file_hash
 from bundle.parallel import Shard, gather
 
 _ARRAY = "array of this file"
@@ -168,7 +168,7 @@ class Records:
         if not self.run:
             config, overrides = configured()
             told = [{k: v for k, v in given.items() if k != "shard"} for given in (config, overrides)]
-            hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in map(Path, self.files) if f.is_file()]
+            hashes = [file_hash(f) for f in map(Path, self.files) if f.is_file()]
             self.run = _digest([told, hashes, bundle.__version__])
         return self.run
 

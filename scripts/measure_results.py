@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bundle.data.bids import result_path  # noqa: E402
-from bundle.data.formats import RESULT_ENDINGS  # noqa: E402
+from bundle.data.volumes import RESULT_ENDINGS  # noqa: E402
 from bundle.errors import InputError, report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
-from bundle.reports.findings import is_done  # noqa: E402
+from bundle.reports.table import is_done  # noqa: E402
 from bundle.transforms import LoadScand  # noqa: E402
 
 

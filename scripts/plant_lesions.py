@@ -16,7 +16,8 @@ from monai.bundle import ConfigParser
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bundle.data.planting import LESION_LOOK, plant_masks  # noqa: E402
+from bundle.data.planted_cohort import plant_masks  # noqa: E402
+from bundle.data.planting import LESION_LOOK  # noqa: E402
 from bundle.errors import report_in_one_line  # noqa: E402
 
 

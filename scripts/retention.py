@@ -40,8 +40,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bundle.data import list_scans, load_datalist  # noqa: E402
-from bundle.data.files import AUTO, nifti_header, read_json, write_json, write_volume  # noqa: E402
-from bundle.data.planting import LESION_LOOK, plant_lesion, read_masks, read_raw, share_of_voxels  # noqa: E402
+from bundle.data.files import AUTO, read_json, write_json  # noqa: E402
+from bundle.data.planted_cohort import read_masks, read_raw  # noqa: E402
+from bundle.data.planting import LESION_LOOK, plant_lesion, share_of_voxels  # noqa: E402
+from bundle.data.volumes import nifti_header, write_volume  # noqa: E402
 from bundle.errors import InputError, explain, report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
 from bundle.metrics.retention import planted_contrast, real_contrast, robust_spread, shading_removed, variation  # noqa: E402

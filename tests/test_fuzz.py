@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from monai.transforms import Orientationd
 
-from bundle.data.datalist import evaluation_items, list_scans
+from bundle.data import evaluation_items, list_scans
 from bundle.errors import InputError, find_input_error
 from bundle.transforms import BrainMaskd, LoadScand, NormalizeBrainIntensityd, ResampleToGridd
 from tests.conftest import CENTER, GRID, ellipsoid, write_nifti, write_scan

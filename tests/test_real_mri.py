@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, Invertd, Orientationd, ResampleToMatch
+from monai.transforms import Compose, Invertd, MaskIntensityd, Orientationd, ResampleToMatch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from sklearn.metrics import average_precision_score
@@ -26,7 +26,6 @@ from bundle.transforms import (
     BrainMaskd,
     FillOutsided,
     LoadScand,
-    MaskOutsided,
     NormalizeBrainIntensityd,
     ResampleToGridd,
 )
@@ -85,7 +84,7 @@ def there_and_back(file):
     for axis in range(3):
         data[f"heatmap{axis}"] = MetaTensor(place[axis][None]).copy_meta_from(data["image"])
     keys = [f"heatmap{axis}" for axis in range(3)]
-    data = MaskOutsided(keys)(data)
+    data = MaskIntensityd(keys, mask_key="brain_mask")(data)
     data = Invertd([*keys, "brain_mask"], transform, orig_keys="image", nearest_interp=False)(data)
     data = FillOutsided(keys)(data)
     heatmap = MetaTensor(torch.cat([data[k].as_tensor() for k in keys])).copy_meta_from(data["heatmap0"])

@@ -1,8 +1,12 @@
 from .atlas import Atlas, grid_affine, load_atlas
-from .cohort import Recipe, find_scans, load_recipe, prepare_cohort, split_people
+from .cohort import prepare_cohort
 from .collate import collate_samples
-from .datalist import evaluation_items, list_scans, load_datalist, require_dataset
+from .datalist import evaluation_items, load_datalist, require_dataset
+from .discovery import find_scans
 from .files import claim_folder
+from .recipe import Recipe, load_recipe
+from .scan_list import list_scans
+from .splits import split_people
 from .visits import list_visits
 
 __all__ = [

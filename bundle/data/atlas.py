@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from bundle.errors import InputError
 
-from .files import stem
+from .formats import stem
 
 # ITK counts to the left, back and up, NIfTI to the right, front and up
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -11,7 +11,8 @@ from typing import Any
 import bundle
 from bundle.errors import InputError
 
-from .files import read_json, stem, write_json, write_text
+from .files import read_json, write_json, write_text
+from .formats import stem
 
 SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR"}
 _DESCRIPTION, _US = "dataset_description.json", "patch2loc_brain_mri"

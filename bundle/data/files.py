@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
 import os
 import shutil
@@ -12,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 from filelock import FileLock, Timeout
 
 from bundle.errors import InputError
@@ -21,12 +20,6 @@ from bundle.parallel import is_main
 
 CONTRASTS = ("t1", "t2", "flair")
 AUTO = "auto"  # whichever the scan is of; files that are chosen then have it in the place of the contrast
-_NIFTI = (".nii.gz", ".nii")
-ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
-SCAN_ENDINGS = (*_NIFTI, *ITK_ENDINGS, ".mgz", ".mgh", ".hdr", ".img", ".zip")
-SCAN_FORMATS = "NIfTI, NRRD, MetaImage, MGZ, Analyze or a zip of DICOM files"
-# more voxels, as float32, would fill 8 GiB; and no compression of a scan, nor gzip itself, does better than this
-MOST_VOXELS, BEST_COMPRESSION = 2**31, 1100
 
 
 @contextmanager
@@ -47,7 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        share(temporary)
+        apply_umask(temporary)
         sync(temporary)
         temporary.replace(path)
     except OSError as error:
@@ -72,7 +65,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def share(path: Path) -> None:
+def apply_umask(path: Path) -> None:
     """Give everyone whom the umask allows access to a file or folder that `tempfile` made private."""
     umask = os.umask(0)
     os.umask(umask)
@@ -200,41 +193,6 @@ def read_json(path: str | Path, what: str) -> Any:
         raise InputError(f"{path}: {what} cannot be read ({error})") from error
 
 
-def write_volume(path: str | Path, volume: Any, affine: Any, header: nib.Nifti1Header | None = None) -> None:
-    """Write a NIfTI volume atomically.
-
-    Args:
-        path: ends in .nii or .nii.gz.
-        volume: ``[X, Y, Z]``; its dtype is stored.
-        affine: 4x4, voxel to mm.
-        header: of the scan that the volume answers to: its units and codes are kept.
-    """
-    array = np.asarray(volume)
-    image = nib.Nifti1Image(array, np.asarray(affine, float), header)
-    image.set_data_dtype(array.dtype)
-    image.header.set_slope_inter(1, 0)
-    image.header["cal_min"] = image.header["cal_max"] = 0  # the scan's window is not that of its heatmap
-    if header is None:
-        image.header.set_xyzt_units("mm")
-    with atomic_path(path) as temporary:
-        nib.save(image, temporary)
-
-
-def nifti_header(path: str | Path) -> nib.Nifti1Header | None:
-    """Header of a scan, for what answers to it: units and codes, without texts and extensions, which may tell who it
-    is of. None where it has none (other formats).
-    """
-    image = nib.load(path) if is_nifti(path) and Path(path).is_file() else None
-    if not isinstance(image, nib.Nifti1Image):
-        return None
-    header = image.header.copy()
-    header.extensions.clear()
-    for text in ("descrip", "aux_file", "intent_name", "db_name"):
-        if text in header:
-            header[text] = b""
-    return header
-
-
 def model_file(ckpt_dir: str | Path, contrast: str) -> str:
     """The model of a contrast in a folder: ``model.pt`` of T1w, the name that MONAI looks for, ``model_CONTRAST.pt`` of
     any other: no contrast is ever scored by another's.
@@ -258,50 +216,15 @@ def calibrated_contrasts(ckpt_dir: str | Path) -> list[str]:
     return there or [CONTRASTS[0]]
 
 
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def is_there(path: str | Path) -> bool:
     """Whether there is such a file; no name is too long or too strange to be asked for."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
         return False
-
-
-def is_nifti(path: str | Path) -> bool:
-    return str(path).lower().endswith(_NIFTI)
-
-
-def is_scan(path: str | Path) -> bool:
-    """Whether a file's name says that it can be a scan, see `SCAN_FORMATS`."""
-    return str(path).lower().endswith(SCAN_ENDINGS)
-
-
-def analyze_pair(path: str | Path) -> tuple[Path, Path] | None:
-    """Header and voxels of an Analyze (or NIfTI) pair that ``path`` is either half of; None for any other file."""
-    path = Path(path)
-    halves = {".hdr": ".img", ".img": ".hdr"}
-    if path.suffix.lower() not in halves:
-        return None
-    ending = halves[path.suffix.lower()]
-    other = path.with_suffix(ending.upper() if path.suffix.isupper() else ending)
-    return (other, path) if ending == ".hdr" else (path, other)
-
-
-def is_dicom(path: str | Path) -> bool:
-    """Whether a file has DICOM's mark; DICOMDIR, an index without an image, does not count."""
-    path = Path(path)
-    if path.name.upper() == "DICOMDIR" or is_nifti(path):
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def stem(path: str | Path) -> str:
-    """File name without the ending of its format."""
-    name = Path(path).name
-    for suffix in SCAN_ENDINGS:
-        if name.lower().endswith(suffix):
-            return name[: -len(suffix)]
-    return name

@@ -1,359 +1,53 @@
-"""Volumes in the formats that ITK knows: NRRD, MetaImage, and DICOM series in a folder or a zip."""
+"""Which files can hold a scan, by their names and first bytes."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
-import numpy as np
-import SimpleITK as sitk
-import torch
-from monai.data import MetaTensor
-
-from bundle.errors import InputError
-
-from .atlas import from_sitk, to_sitk
-from .files import BEST_COMPRESSION, MOST_VOXELS, atomic_path, is_dicom, write_volume
-
-# power of the number of dimensions that each field of a MetaImage has numbers; ITK crashes where it has others
-_META_NUMBERS = {
-    "NDims": 0,
-    "DimSize": 1,
-    "ElementSpacing": 1,
-    "ElementSize": 1,
-    "Offset": 1,
-    "Position": 1,
-    "Origin": 1,
-}
-_META_NUMBERS |= {"CenterOfRotation": 1, "TransformMatrix": 2, "Rotation": 2, "Orientation": 2}
-_META_NUMBERS |= {"HeaderSize": 0, "CompressedDataSize": 0, "ElementNumberOfChannels": 0, "ID": 0, "ParentID": 0}
-RESULT_ENDINGS = (".nii.gz", ".nrrd", ".mha")
-_LONGEST_HEADER = 1 << 16
-_FEWEST_SLICES = 4
-# words of a series' description, and times in ms where it has none
-_NO_SCAN = {"loc", "localizer", "scout", "survey", "adc", "dwi", "dti", "trace", "swi", "perf", "asl", "bold", "mip"}
-_NO_SCAN |= {"pd", "gd", "gad", "gado", "post", "ce", "mra", "tof", "t2star"}
-_NO_SCAN_MODALITIES = {"SEG", "RTSTRUCT", "SR", "PR", "KO"}
-_T1_NAMES = {"mprage", "spgr", "fspgr", "bravo", "tfl", "tfe", "mp2rage"}
+_NIFTI = (".nii.gz", ".nii")
+ITK_ENDINGS = (".nrrd", ".nhdr", ".mha", ".mhd")
+SCAN_ENDINGS = (*_NIFTI, *ITK_ENDINGS, ".mgz", ".mgh", ".hdr", ".img", ".zip")
+SCAN_FORMATS = "NIfTI, NRRD, MetaImage, MGZ, Analyze or a zip of DICOM files"
+# more voxels, as float32, would fill 8 GiB; and no compression of a scan, nor gzip itself, does better than this
+MOST_VOXELS, BEST_COMPRESSION = 2**31, 1100
 
 
-def result_ending(scan: str | Path) -> str:
-    """Ending of the volumes that answer to a scan: its own format where that can hold them, NIfTI otherwise."""
-    name = str(scan).lower()
-    if name.endswith((".nrrd", ".nhdr")):
-        return ".nrrd"
-    return ".mha" if name.endswith((".mha", ".mhd")) else ".nii.gz"
+def is_nifti(path: str | Path) -> bool:
+    return str(path).lower().endswith(_NIFTI)
 
 
-def write_result(path: Path, volume: np.ndarray, affine: Any, header: nib.Nifti1Header | None = None) -> None:
-    """Write a volume ``[X, Y, Z]``, atomically, in the format that the path's ending names (`result_ending`).
-
-    Args:
-        path: of the file.
-        volume: its dtype is stored.
-        affine: 4x4, voxel to RAS mm.
-        header: of the scan, for NIfTI, see `write_volume`.
-    """
-    if path.name.endswith(".nii.gz"):
-        return write_volume(path, volume, affine, header)
-    image = to_sitk(MetaTensor(volume[None], affine=torch.as_tensor(np.asarray(affine, float))), volume.dtype.type)
-    with atomic_path(path) as temporary:
-        sitk.WriteImage(image, str(temporary), useCompression=True)
+def is_scan(path: str | Path) -> bool:
+    """Whether a file's name says that it can be a scan, see `SCAN_FORMATS`."""
+    return str(path).lower().endswith(SCAN_ENDINGS)
 
 
-def read_itk(file: str) -> MetaTensor:
-    """Read a NRRD or MetaImage file, with its voxels inside or beside it, as ``[1, X, Y, Z]`` with affine in RAS mm.
-
-    Raises:
-        InputError: not readable, not one grey-scale volume, voxels in several files or in another folder, no
-            orientation.
-    """
-    fields = _header_fields(file)
-    data = _data_file(file, fields)
-    try:
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(file)
-        reader.ReadImageInformation()
-        shape, kind = reader.GetSize(), sitk.GetPixelIDValueAsString(reader.GetPixelIDValue())
-    except Exception as error:  # ITK's own, or a name that it cannot take
-        raise InputError(f"{file}: cannot be read as {_called(file)}; is the file complete?") from error
-    voxels = int(np.prod(shape, dtype=object))
-    if reader.GetNumberOfComponents() != 1 or "complex" in kind:
-        raise InputError(f"{file}: holds colours, vectors or complex numbers; a scan has one grey value per voxel")
-    if len(shape) not in (3, 4):
-        raise InputError(f"{file}: has {len(shape)} dimensions; a scan has three")
-    if len(shape) == 4 and shape[3] != 1:
-        raise InputError(f"{file}: holds {shape[3]} volumes; split it and give one")
-    if voxels > sum(f.stat().st_size for f in {Path(file), data}) * BEST_COMPRESSION:
-        raise InputError(f"{file}: its header tells of {'x'.join(map(str, shape))} voxels, which it cannot hold")
-    if voxels > MOST_VOXELS:
-        raise InputError(f"{file}: has {'x'.join(map(str, shape))} voxels; no scan of a head is that large")
-    if _called(file) == "NRRD" and not reader.HasMetaDataKey("NRRD_space"):
-        raise InputError(f"{file}: its header has no orientation (space); set one")
-    if fields.get("CompressedData", "").lower() == "true" and not _inflates(data):
-        raise InputError(f"{file}: cannot be read as it was written (its checksum does not fit); is the file complete?")
-    try:
-        image = reader.Execute()
-        scan = from_sitk(image[..., 0] if len(shape) == 4 else image)
-    except Exception as error:
-        raise InputError(f"{file}: cannot be read as {_called(file)}; is the file complete?") from error
-    scan.meta["filename_or_obj"] = file
-    return scan
-
-
-def _called(file: str) -> str:
-    return "NRRD" if file.lower().endswith((".nrrd", ".nhdr")) else "MetaImage"
-
-
-def _header_fields(file: str) -> dict[str, str]:
-    """Fields of a header of text, as they stand in it; those of a MetaImage are numbers where they have to be."""
-    problem = InputError(f"{file}: cannot be read as {_called(file)}; is the file complete?")
-    try:
-        with Path(file).open("rb") as stream:
-            text = stream.read(_LONGEST_HEADER).decode("latin-1")
-    except OSError as error:
-        raise problem from error
-    if _called(file) == "NRRD":
-        if not text.startswith("NRRD"):
-            raise problem
-        lines = re.split(r"\n\r?\n", text)[0].splitlines()
-        return {k.strip().lower(): v.strip() for k, mark, v in (line.partition(":") for line in lines) if mark}
-    fields: dict[str, str] = {}
-    for line in text.split("\n"):
-        key, mark, value = (part.strip() for part in line.partition("="))
-        if not mark or key in fields or not key.isascii() or len(line) > 1000:
-            raise problem
-        fields[key] = value
-        if key == "ElementDataFile":
-            break
-    dimensions = fields.get("NDims", "")
-    if dimensions not in ("2", "3", "4") or not {"DimSize", "ElementType", "ElementDataFile"} <= set(fields):
-        raise problem
-    for key, power in _META_NUMBERS.items():
-        numbers = fields[key].split() if key in fields else None
-        if numbers is not None and (len(numbers) != int(dimensions) ** power or not all(map(_is_number, numbers))):
-            raise problem
-    return fields
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[-+]?\d{1,25}(\.\d{0,25})?([eE][-+]?\d{1,2})?|[-+]?\.\d{1,25}", text) is not None
-
-
-def _data_file(file: str, fields: dict[str, str]) -> Path:
-    """Where the voxels are; a header could name any file of this machine, or a stream without end."""
-    named = fields.get("ElementDataFile") or fields.get("data file") or fields.get("datafile") or "LOCAL"
-    if named.upper() == "LOCAL":
-        return Path(file)
-    data = Path(file).parent / named
-    if Path(named).name != named or "%" in named or named.upper().split()[0] == "LIST":
-        raise InputError(f"{file}: its voxels must lie in one file beside it, not in '{named[:80]}'; save it as one")
-    if not data.is_file():
-        raise InputError(f"{file}: its voxels are missing ({named[:80]}); put that file beside it")
-    return data
-
-
-def _inflates(data: Path) -> bool:
-    """Whether the stream of zlib at the end of a MetaImage has the checksum that it ends with: ITK does not look."""
-    content = data.read_bytes()
-    header = re.search(rb"ElementDataFile[^\n]*\n", content[:_LONGEST_HEADER])
-    piece, stream = content[header.end() if header else 0 :], zlib.decompressobj(wbits=47)
-    try:
-        while piece and not stream.eof:
-            stream.decompress(piece, 1 << 24)
-            piece = stream.unconsumed_tail
-    except zlib.error:
-        return False
-    return stream.eof
-
-
-def read_dicom(folder: str, contrast: str | None = None, name: str | None = None) -> MetaTensor:
-    """Read a DICOM series from a folder, as ``[1, X, Y, Z]`` with its affine in RAS mm.
-
-    Args:
-        folder: with the series, and others: then the one that its description (or its times) calls ``contrast``.
-        contrast: "t1", "t2" or "flair"; None takes the only one that is of any of them.
-        name: that messages and ``filename_or_obj`` give to the folder.
-
-    Raises:
-        InputError: no series, or none or several that can be the one; slices missing or of different sizes; colours.
-    """
-    name = name or folder
-    files = _choose_series(folder, contrast, name)
-    try:
-        gaps = np.diff(_slice_positions(files))
-        image = sitk.ReadImage(files)
-    except RuntimeError as error:
-        raise InputError(f"{name}: its DICOM series cannot be read; is it complete?") from error
-    if gaps.size and np.abs(gaps - np.median(gaps)).max() > 0.1 * abs(np.median(gaps)):
-        raise InputError(
-            f"{name}: slices lie {gaps.min():.2f} to {gaps.max():.2f} mm apart; some are missing or of another series"
-        )
-    if image.GetNumberOfComponentsPerPixel() != 1 or image.GetDimension() != 3:
-        raise InputError(f"{name}: its DICOM series is not one grey-scale volume")
-    scan = from_sitk(image)
-    scan.meta["filename_or_obj"] = name
-    scan.meta["named_contrast"] = _describe_series(files)[1] or ""
-    return scan
-
-
-def read_dicom_zip(file: str, contrast: str | None = None) -> MetaTensor:
-    """As `read_dicom`, from a zip whose DICOM files lie in any folders; other files in it are left there.
-
-    Raises:
-        InputError: as of `read_dicom`; a zip that is damaged, locked, or grows beyond what can be a scan.
-    """
-    with _unpacked(file) as folder:
-        return read_dicom(folder, contrast, file)
-
-
-@contextmanager
-def dicom_files(path: str, contrast: str | None = None) -> Iterator[Sequence[str]]:
-    """Files of the series that `read_dicom` or `read_dicom_zip` reads, in the order of its slices."""
-    if Path(path).is_dir():
-        yield _choose_series(path, contrast, path)
-    else:
-        with _unpacked(path) as folder:
-            yield _choose_series(folder, contrast, path)
-
-
-@contextmanager
-def _unpacked(file: str) -> Iterator[str]:
-    """A folder with the DICOM files of a zip, for a while."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                members = [m for m in archive.infolist() if not m.is_dir()]
-                size = sum(m.file_size for m in members)
-                if size > min(4 * MOST_VOXELS, Path(file).stat().st_size * BEST_COMPRESSION):
-                    raise InputError(f"{file}: holds {size / 2**30:.0f} GiB; no scan of a head is that large")
-                for number, member in enumerate(members):
-                    place = Path(folder) / f"{number:06d}{'.dir' if member.filename.endswith('DICOMDIR') else ''}"
-                    with archive.open(member) as source, place.open("wb") as target:
-                        shutil.copyfileobj(source, target)
-                    if place.suffix or not is_dicom(place):
-                        place.unlink()
-        except (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{file}: cannot be unpacked; is it complete, and without a password?") from error
-        yield folder
-
-
-def is_dicom_scan(path: str | Path) -> bool:
-    """Whether what `LoadScand` was given is a DICOM series: a folder or a zip."""
-    return str(path).lower().endswith(".zip") or Path(path).is_dir()
-
-
-def holds_dicom(file: str | Path) -> bool:
-    """Whether a zip holds DICOM files; one that cannot be looked into is taken for one, and told of when it is read."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for member in archive.infolist():
-                if not member.is_dir():
-                    with archive.open(member) as source:
-                        if source.read(132)[128:] == b"DICM":
-                            return True
-    except (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-        return True
-    return False
-
-
-def _choose_series(folder: str, contrast: str | None, name: str) -> Sequence[str]:
-    """Files of the one series of a folder, or of the one that is of the contrast, sorted by position."""
-    all_series = [
-        sitk.ImageSeriesReader.GetGDCMSeriesFileNames(folder, uid)
-        for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(folder)
-    ]
-    if len(all_series) > 1:  # what was said of the scan may lie beside it
-        all_series = [files for files in all_series if _tag(files[0], "0008|0060") not in _NO_SCAN_MODALITIES]
-    if len(all_series) == 1:
-        return all_series[0]
-    if not all_series:
-        raise InputError(f"{name}: holds 0 DICOM series; give a folder or zip with one")
-    told = [_describe_series(files) for files in all_series]
-    fitting = [files for files, (_, of) in zip(all_series, told) if of and of == (contrast or of)]
-    if len(fitting) == 1:
-        return fitting[0]
-    listed = ", ".join(
-        f"'{text}' ({len(files)} files, {of or 'unknown'})" for files, (text, of) in zip(all_series, told)
-    )
-    which = f"{len(fitting)} of them {contrast}" if contrast else "of which one must be chosen"
-    raise InputError(f"{name}: holds {len(all_series)} DICOM series, {which}: {listed}; give a folder with one")
-
-
-def _tag(file: str, tag: str) -> str:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(file)
-    try:
-        reader.ReadImageInformation()
-        return reader.GetMetaData(tag).strip()
-    except RuntimeError:  # no image, or no such tag
-        return ""
-
-
-def study_of(folder: str | Path) -> str:
-    """UID of the study that the DICOM series in a folder is of; "" where there is none."""
-    first = next((file for file in sorted(Path(folder).iterdir()) if is_dicom(file)), None)
-    return "" if first is None else _tag(str(first), "0020|000d")
-
-
-def named_contrast(text: str) -> str | None:
-    """Contrast that a name or description tells: "t1", "t2", "flair"; None for any other, or none."""
-    words = _words(text)
-    if words & _NO_SCAN:
+def analyze_pair(path: str | Path) -> tuple[Path, Path] | None:
+    """Header and voxels of an Analyze (or NIfTI) pair that ``path`` is either half of; None for any other file."""
+    path = Path(path)
+    halves = {".hdr": ".img", ".img": ".hdr"}
+    if path.suffix.lower() not in halves:
         return None
-    if words & _T1_NAMES or any(word.startswith("t1") for word in words):
-        return "t1"
-    if any(word.startswith(("flair", "tirm", "dark")) for word in words):
-        return "flair"
-    return "t2" if any(word.startswith("t2") for word in words) else None
+    ending = halves[path.suffix.lower()]
+    other = path.with_suffix(ending.upper() if path.suffix.isupper() else ending)
+    return (other, path) if ending == ".hdr" else (path, other)
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", text.lower().replace("t2*", "t2star")))
-
-
-def _describe_series(files: Sequence[str]) -> tuple[str, str | None]:
-    """Description of a series, and the contrast it is of: "t1", "t2", "flair", or None where it is another or no scan
-    of a head.
-    """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(files[0])
+def is_dicom(path: str | Path) -> bool:
+    """Whether a file has DICOM's mark; DICOMDIR, an index without an image, does not count."""
+    path = Path(path)
+    if path.name.upper() == "DICOMDIR" or is_nifti(path):
+        return False
     try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return "", None
-    tags = ("0008|103e", "0018|1030", "0018|0080", "0018|0081", "0018|0082")
-    text, protocol, *times = (
-        reader.GetMetaData(tag).encode("utf-8", "replace").decode().strip() if reader.HasMetaDataKey(tag) else ""
-        for tag in tags
-    )
-    told, shown = f"{text} {protocol}", " ".join((text or protocol).split())[:60]
-    if _words(told) & _NO_SCAN or (len(files) < _FEWEST_SLICES and reader.GetSize()[2] < _FEWEST_SLICES):
-        return shown, None
-    if named := named_contrast(told):
-        return shown, named
-    repetition, echo, inversion = (float(v) if _is_number(v) else 0.0 for v in times)
-    if echo >= 60:
-        return shown, "flair" if inversion > 1500 else "t2" if repetition >= 2000 else None
-    is_t1 = 0 < echo < 30 and (0 < inversion < 1500 or 0 < repetition < 1500)
-    return shown, "t1" if is_t1 else None
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
 
 
-def _slice_positions(files: Sequence[str]) -> np.ndarray:
-    """Position of each file's slice along the normal of the slices, mm."""
-    positions = []
-    reader = sitk.ImageFileReader()
-    for file in files:
-        reader.SetFileName(file)
-        reader.ReadImageInformation()
-        normal = np.reshape(reader.GetDirection(), (3, 3))[:, 2]
-        positions.append(float(normal @ np.array(reader.GetOrigin())))
-    return np.array(positions)
+def stem(path: str | Path) -> str:
+    """File name without the ending of its format."""
+    name = Path(path).name
+    for suffix in SCAN_ENDINGS:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from .files import write_volume
+from .volumes import write_volume
 
 # of 16 bit, the last four are left 0: nobody knows such maps that finely, and the files are a quarter smaller
 _CODES, _STEP = 65520, 16
@@ -44,12 +44,9 @@ def median_over_subjects(stack: torch.Tensor) -> torch.Tensor:
     """Median over the first dimension, ignoring NaN (the mean of the middle two); NaN where all are."""
     flat = stack.flatten(1)
     some = ~flat.isnan().all(0)  # two thirds of a grid are no brain
-    values = flat[:, some]
-    ordered = values.sort(0).values  # NaN last
-    n = (~values.isnan()).sum(0, keepdim=True)
-    low, high = ((n - 1) // 2), (n // 2)
     result = flat.new_full(flat.shape[1:], torch.nan)
-    result[some] = ((ordered.gather(0, low) + ordered.gather(0, high)) / 2)[0] if some.any() else result[some]
+    if some.any():
+        result[some] = torch.as_tensor(np.nanmedian(flat[:, some].numpy(), 0))
     return result.view(stack.shape[1:])
 
 

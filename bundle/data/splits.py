@@ -1,12 +1,19 @@
-"""Who belongs to which section, by the lists that the public codes of this line of papers come with."""
+"""Who belongs to which section: dealt out at random, or by the lists that the public codes of this line of papers come
+with.
+"""
 
 from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from bundle.errors import InputError
+
+from .recipe import Recipe
 
 _SECTIONS = {"train": "training", "val": "validation"}
 _LIST = re.compile(
@@ -15,6 +22,50 @@ _LIST = re.compile(
 )
 # what follows a person's name in the name of a file
 _ENDING = re.compile(r"(?:[-_](?:t1|t2|t1w|t2w|flair))?(?:\.nii(?:\.gz)?)?$", re.IGNORECASE)
+
+
+def split_people(recipe: Recipe, people: Iterable[str], seed: int = 0) -> dict[str, str]:
+    """Section of each person: they are shuffled by ``seed`` and dealt out by the recipe's numbers.
+
+    Raises:
+        InputError: fewer people than the recipe asks for.
+    """
+    left = sorted(set(people))
+    np.random.RandomState(seed).shuffle(left)
+    fixed = {k: n for k, n in recipe.splits.items() if isinstance(n, int)}
+    if sum(fixed.values()) > len(left):
+        raise InputError(
+            f"splits {recipe.splits} need more than the {len(left)} people found; choose yours with --splits"
+        )
+    rest = next((k for k, n in recipe.splits.items() if not isinstance(n, int)), None)
+    section: dict[str, str] = {}
+    for name, number in fixed.items():
+        section.update(dict.fromkeys(left[:number], name))
+        left = left[number:]
+    if rest:
+        section.update(dict.fromkeys(left, rest))
+    return section
+
+
+def listed_sections(
+    splits_file: str | Path, dataset: str, recipe: Recipe, people: Iterable[str], fold: int = 0
+) -> dict[str, str]:
+    """Section of each person by lists (`read_splits`); who is found but in none of them is left out, and counted aloud.
+
+    Raises:
+        InputError: a listed person who was not found.
+    """
+    section, found = read_splits(splits_file, dataset, recipe.person, fold), set(people)
+    missing = sorted(set(section) - found)
+    if missing:
+        names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        raise InputError(
+            f"{splits_file}: {len(missing)} of {len(section)} listed people were not found ({names}); a table would be "
+            "of others: name the source folder that holds them, or shorten the list"
+        )
+    if found - set(section):
+        print(f"{splits_file}: {len(found - set(section))} people are in none of its lists and are left out")
+    return section
 
 
 def person_of(name: str, person: str = ".*") -> str:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .datalist import named_uniquely
-from .files import CONTRASTS, stem
-from .formats import named_contrast, study_of
+from .dicom import named_contrast, study_of
+from .files import CONTRASTS
+from .formats import stem
+from .names import named_uniquely
 
 # words that tell how a scan was made, not whose it is
 _MANNER = {"w", "3d", "2d", "iso", "se", "tse", "fse", "space", "cube", "vista", "mpr", "sag", "cor", "tra", "ax"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,3 +68,9 @@ class ScanEvaluator(SupervisedEvaluator):
         except Exception as error:
             engine.state.output = [{**who, "failure": explain(error)}]
             return engine.state.output
+
+
+def seen_scans(engine: Any) -> Iterator[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """Each scan of an iteration of `ScanEvaluator`: what came in (still collated, if it failed), and its results."""
+    batch = engine.state.batch
+    return zip(batch if isinstance(batch, list) else [batch], engine.state.output)

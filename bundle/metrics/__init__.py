@@ -1,4 +1,4 @@
-from .auprc import AUPRCMetric, average_precision
+from .auprc import average_precision
 from .case import CASE_METRICS, CaseMeasures, measure_case
 from .curves import ScoreCurve, best_threshold
 from .evaluation import BASELINES, CompareMethodsd, ToSpaced, measure_methods, method_keys
@@ -9,7 +9,6 @@ from .summary import Case, summarise
 __all__ = [
     "BASELINES",
     "CASE_METRICS",
-    "AUPRCMetric",
     "Case",
     "CaseMeasures",
     "CompareMethodsd",

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, ResampleToMatch
+from monai.transforms import MapTransform, MaskIntensityd, ResampleToMatch
 
 from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError
 from bundle.scoring import INTENSITY_SCORES, CalibrationFile, FindLesionsd, score_of
 from bundle.scoring.paper import MASKED
 from bundle.scoring.scores import OWN_MAPS
-from bundle.transforms import FillOutsided, IgnoreLabelsd, KeepVolumed, LoadScand, MaskOutsided
+from bundle.transforms import FillOutsided, IgnoreLabelsd, KeepVolumed, LoadScand
 
 from .case import CaseMeasures, measure_case
 
@@ -107,7 +107,7 @@ class ToSpaced(MapTransform):
         methods = method_keys(d, "score").values()
         heatmaps, lesions = ([keys[i] for keys in methods] for i in (0, 1))
         d["brain"] = MetaTensor((d["image"].as_tensor().cpu() > 0).float()).copy_meta_from(d["image"])
-        d = MaskOutsided(heatmaps, "brain")(d)
+        d |= MaskIntensityd(heatmaps, mask_key="brain")(d)
         for key in ("image", "brain", *heatmaps, *lesions):
             affine = np.linalg.inv(to_atlas) @ d[key].affine.numpy()
             d[key] = self.resample(MetaTensor(d[key].as_tensor().cpu().float(), affine=affine), img_dst=target)

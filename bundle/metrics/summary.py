@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from .case import CASE_METRICS, CaseMeasures
 from .curves import ScoreCurve, best_threshold
@@ -72,9 +73,9 @@ def bootstrap_interval(values: Sequence[float], people: Sequence[str], seed: int
     means = np.array([np.mean(v) for v in groups.values()])
     if len(means) < 2:
         return [None, None]
-    drawn = np.random.default_rng(seed).integers(0, len(means), (5000, len(means)))
-    low, high = np.percentile(means[drawn].mean(1), [2.5, 97.5])
-    return [float(low), float(high)]
+    generator = np.random.default_rng(seed)
+    found = stats.bootstrap((means,), np.mean, n_resamples=5000, method="percentile", random_state=generator)
+    return [float(end) for end in found.confidence_interval]
 
 
 def tuned_thresholds(cases: Sequence[Case]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 from .alignment import draw_alignment, draw_contact_sheet
 from .figure import draw_report
-from .findings import SaveFindings, finished_scans
+from .findings import SaveFindings
 from .metrics import SaveMetrics
+from .resuming import finished_scans
 from .tracking import slice_heatmaps, slice_images
 from .viewer import LabelMapd, chosen
 from .visits import CombineVisits

@@ -1,120 +1,33 @@
-"""What inference leaves behind: per scan a heatmap, a lesion mask and a picture; one table for all."""
+"""What inference leaves behind: an answer to each scan as it comes, one table for all, and a word about each."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
 import os
-import shutil
-import tempfile
 import time
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from ignite.engine import Engine, Events
 
-import bundle
 from bundle.command_line import impersonal, record_run
-from bundle.data.bids import begin_derivative, result_path, sidecar
-from bundle.data.dicom_seg import HINT, has_highdicom, write_segmentation
-from bundle.data.files import (
-    AUTO,
-    alone_in,
-    claim_folder,
-    is_there,
-    nifti_header,
-    share,
-    unwritable,
-    write_json,
-    write_text,
-)
-from bundle.data.formats import RESULT_ENDINGS, dicom_files, is_dicom_scan, result_ending, write_result
+from bundle.data.bids import begin_derivative
+from bundle.data.dicom import is_dicom_scan
+from bundle.data.dicom_seg import HINT, has_highdicom
+from bundle.data.files import alone_in, claim_folder, unwritable
 from bundle.errors import InputError, explain
+from bundle.inference.scans import seen_scans
 from bundle.parallel import Shard, gather, is_main
-from bundle.scoring import PARTS, CalibrationFile, FindLesionsd
+from bundle.scoring import FindLesionsd
 from bundle.shards import Records
-from bundle.transforms import normative_file
 
-from .figure import draw_report, heat_scale
-from .pages import write_overview, write_viewer
-from .view import View
+from .answer import remove_results, require_ours, write_answer
+from .pages import write_overview
+from .resuming import calibration_files, run_facts, valid_rows
+from .table import COLUMNS, is_done, write_table
 
 if TYPE_CHECKING:
     from .visits import CombineVisits
-
-COLUMNS = (
-    *("name", "contrast", "lesion_volume_ml", "lesions", "max_score", "mean_score"),
-    *("not_examined_percent", "seconds", "status"),
-)
-
-
-def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str, ...] | list[str]) -> None:
-    """Write rows as CSV, atomically; missing entries stay empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def run_facts(settings: Mapping[str, Any], calibration: CalibrationFile) -> dict[str, Any]:
-    """What makes the results of a scan: settings, models, atlas and version, as they are kept in ``run.json``."""
-    each = {contrast: _calibration_facts(file) for contrast, file in calibration.each().items()}
-    facts = {**settings, **(each if settings.get("contrast") == AUTO else next(iter(each.values())))}
-    if settings.get("atlas") and is_there(settings["atlas"]):
-        facts["atlas_sha256"] = hashlib.sha256(Path(settings["atlas"]).read_bytes()).hexdigest()
-    facts["bundle"] = bundle.__version__
-    return json.loads(impersonal(json.dumps(facts)))
-
-
-def _calibration_facts(calibration: CalibrationFile) -> dict[str, Any]:
-    known = calibration.load()
-    facts = {k: known.provenance.get(k) for k in ("model_sha256", *(f"{part}_sha256" for part in PARTS))}
-    facts["calibration_sha256"] = hashlib.sha256(Path(calibration.path).read_bytes()).hexdigest()
-    return {**facts, "fusion": str(known.fusion)}
-
-
-def calibration_files(calibration: CalibrationFile) -> list[str | Path]:
-    """The files that a calibration stands for, of each contrast: model, maps, thresholds, and the normative map where
-    there is one.
-    """
-    files: list[str | Path] = []
-    for contrast, file in calibration.each().items():
-        normative = Path(normative_file(Path(file.model_file).parent, contrast))
-        maps = [Path(file.path).with_suffix(".nii.gz"), normative, normative.with_suffix(".nii.gz")]
-        files += [file.model_file, file.path, *(there for there in maps if there.is_file())]
-    return files
-
-
-def finished_scans(
-    scans: Sequence[Mapping[str, Any]],
-    output_dir: str | Path,
-    settings: Mapping[str, Any],
-    calibration: CalibrationFile,
-    overwrite: bool = False,
-) -> dict[str, dict[str, Any]]:
-    """Rows of ``summary.csv`` by name, of the scans whose results a run with the same settings has left in
-    ``output_dir``, and which have not changed since. Nothing with ``overwrite``.
-    """
-    if overwrite or not scans:
-        return {}
-    records = Records(output_dir, scans, made_from=run_facts(settings, calibration), keep=True)
-    rows = _valid(output_dir, map(records.read, scans))
-    return {row["name"]: row for row in rows if is_done(row)}
-
-
-def _valid(output_dir: str | Path, rows: Iterable[dict[str, Any] | None]) -> list[dict[str, Any]]:
-    """Those of the rows in the scans' records whose results are still there, or that tell of a failure."""
-
-    def there(name: str) -> bool:
-        return any(result_path(output_dir, name, f"heatmap{ending}").is_file() for ending in RESULT_ENDINGS)
-
-    return [row for row in rows if row and (not is_done(row) or there(row["name"]))]
 
 
 class SaveFindings:
@@ -181,7 +94,7 @@ class SaveFindings:
         for contrast in self.find_lesions.calibration.each():
             self.find_lesions.threshold(contrast=contrast)
         for scan in (*self.shard.share(self.scans), *self._visits()):
-            _require_ours(self.output_dir / scan["name"])
+            require_ours(self.output_dir / scan["name"])
         sources = [str(scan["image"]).removesuffix(scan["bids"]) for scan in self.scans if "bids" in scan]
         if sources:
             begin_derivative(self.output_dir, impersonal(Path(os.path.relpath(sources[0], self.output_dir)).as_posix()))
@@ -189,7 +102,7 @@ class SaveFindings:
         facts = self.facts = run_facts(self.settings, self.find_lesions.calibration)
         self.records = Records(self.output_dir, self.scans, self.shard, made_from=facts, keep=True)
         if is_main():
-            self.others = [row for row in _valid(self.output_dir, self.records.others()) if is_done(row)]
+            self.others = [row for row in valid_rows(self.output_dir, self.records.others()) if is_done(row)]
             self._write_table()
             files = calibration_files(self.find_lesions.calibration)
             record_run(self.output_dir, "inference", files, settings=facts)
@@ -209,7 +122,7 @@ class SaveFindings:
         with alone_in(self.output_dir):
             rows = [*self.finished.values(), *self.rows]
             if self.records and self.shard:
-                rows = _valid(self.output_dir, map(self.records.read, self.scans))
+                rows = valid_rows(self.output_dir, map(self.records.read, self.scans))
             place = {name: k for k, name in enumerate(self.by_name)}
             rows = [*self.others, *sorted(rows, key=lambda row: place.get(row["name"], 0))]
             if with_visits and self.combine:
@@ -222,7 +135,7 @@ class SaveFindings:
         self.started = time.monotonic()
 
     def save(self, engine: Any) -> None:
-        for batch, output in zip(as_list(engine.state.batch), engine.state.output):
+        for batch, output in seen_scans(engine):
             failure = output.get("failure")
             name = output["name"] if failure else batch["name"]
             row: dict[str, Any] = {"name": name, "status": f"failed: {failure}"}
@@ -256,67 +169,9 @@ class SaveFindings:
             until = f", {left / 60:.0f} min left" if left > 90 else ""
             print(f"[{done}/{self.total}] {name}: {told}, {row['seconds']} s{until}", flush=True)
 
-    def write_scan(self, name: str, output: dict[str, Any]) -> dict[str, Any]:
+    def write_scan(self, name: str, output: Mapping[str, Any]) -> dict[str, Any]:
         """Write the results of a scan, or visit, and return its row but for ``name``, ``status`` and ``seconds``."""
-        affine, figures = output["heatmap"].affine, output["result"]
-        contrast = output.get("contrast")
-        row = {
-            "contrast": "+".join(output.get("contrasts", [contrast or ""])),
-            "lesion_volume_ml": f"{figures['lesion_volume_ml']:.2f}",
-            "lesions": len(figures["lesions"]),
-            "max_score": f"{figures['max_score']:.3f}",
-            "mean_score": f"{figures['mean_score']:.3f}",
-            "not_examined_percent": f"{figures['not_examined_percent']:.1f}",
-        }
-        percent = row["not_examined_percent"]
-        left_out = "" if percent == "0.0" else f", {percent} % of the brain not examined"
-        doubt = f"\nFLAGGED: {output['flags']}" if output.get("flags") else ""
-        file = output["image"].meta["filename_or_obj"]
-        header = nifti_header(file)
-        fusion = self.find_lesions.calibration.load(contrast).fusion
-        rule = None if fusion is None else fusion.rule
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.output_dir))
-        try:
-            for kind, dtype in (("heatmap", np.float32), ("lesion", np.uint8), ("coverage", np.uint8)):
-                volume = np.asarray(output[kind][0]).astype(dtype)
-                path = self._path(name, f"{kind}{result_ending(file)}", partial)
-                write_result(path, volume, affine, header)
-                if "bids" in output:
-                    told = {"Score": figures["score"], "Threshold": figures["threshold"], "Contrast": row["contrast"]}
-                    told |= {"Sources": output["sources"]} if "sources" in output else {}
-                    write_json(self._path(name, f"{kind}.json", partial), sidecar(kind, output["bids"], told))
-            if is_dicom_scan(file) and has_highdicom():
-                told = {k: figures[k] for k in ("score", "threshold") if k in figures}
-                self._write_segmentation(self._path(name, "lesion.seg.dcm", partial), output, told)
-            view = View.of_result(output)
-            scale = heat_scale(self.find_lesions.score, rule, self.find_lesions.threshold(contrast=contrast))
-            title = f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}"
-            draw_report(self._path(name, "report.png", partial), title, view, figures["lesions"], *scale)
-            page = self._path(name, "report.html")
-            back = Path(os.path.relpath(self.output_dir / "report.html", page.parent)).as_posix()
-            doubts = output.get("flags") or ""
-            write_viewer(partial / page.name, name, view, figures, *scale, flags=doubts, back=back)
-            share(partial)
-            _put(partial, self.output_dir, name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return row
-
-    @staticmethod
-    def _write_segmentation(path: Path, output: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """The lesions as DICOM; a series that cannot be referred to has the other results all the same."""
-        lesion, meta = output["lesion"], output["image"].meta
-        try:
-            with dicom_files(meta["filename_or_obj"], meta.get("named_contrast") or None) as files:
-                write_segmentation(path, np.asarray(lesion[0]), lesion.affine, files, facts)
-        except InputError as error:
-            warnings.warn(f"{meta['filename_or_obj']}: no DICOM Segmentation: {error.message}")
-
-    def _path(self, name: str, what: str, folder: Path | None = None) -> Path:
-        """Where a result goes; or where it is written first, in ``folder``."""
-        path = result_path(self.output_dir, name, what)
-        return path if folder is None else folder / path.name
+        return write_answer(self.output_dir, name, output, self.find_lesions)
 
     def finish(self, engine: Engine) -> None:
         self.rows = gather(self.rows)
@@ -334,60 +189,3 @@ class SaveFindings:
         if failed:
             lines = [f"{r['name']}: {r['status']}" for r in failed]
             raise InputError("; ".join(lines), exit_code=2 if len(failed) == len(rows) else 3)
-
-
-def is_done(row: Mapping[str, Any]) -> bool:
-    """Whether a row of ``summary.csv`` is of a scan with results, doubtful ones included."""
-    return str(row.get("status", "")).startswith(("ok", "flagged"))
-
-
-def as_list(batch: Any) -> list[dict[str, Any]]:
-    return batch if isinstance(batch, list) else [batch]
-
-
-def _require_ours(folder: Path) -> None:
-    """Raises: InputError: what is there is not the results of a scan."""
-    volumes = {f"{kind}{ending}" for kind in ("heatmap", "lesion", "coverage") for ending in RESULT_ENDINGS}
-    results = {f"{folder.name}_{what}" for what in (*volumes, "lesion.seg.dcm", "report.png", "report.html")}
-    if folder.exists() and not (
-        folder.is_dir() and all(f.name in results or f.name.startswith(".") for f in folder.iterdir())
-    ):
-        raise InputError(
-            f"{folder}: would be replaced by results, but holds files that are none; choose another output folder"
-        )
-
-
-def _put(new: Path, output_dir: Path, name: str) -> None:
-    """Put the files of the folder ``new`` in the place of a scan's results."""
-    heatmap = result_path(output_dir, name, f"heatmap{RESULT_ENDINGS[0]}")
-    if heatmap.parent == output_dir / name:
-        return _replace_folder(new, heatmap.parent)
-    remove_results(output_dir, name)
-    heatmap.parent.mkdir(parents=True, exist_ok=True)
-    for file in sorted(new.iterdir(), key=lambda file: file.name == heatmap.name):  # last: it says that all are there
-        file.replace(heatmap.parent / file.name)
-
-
-def remove_results(output_dir: Path, name: str) -> None:
-    """Remove what an earlier run has left of a scan."""
-    folder = result_path(output_dir, name, "report.png").parent
-    if folder == output_dir / name:
-        if folder.is_dir():
-            _require_ours(folder)
-            shutil.rmtree(folder)
-        return
-    for kind in ("heatmap", "lesion", "coverage", "report"):
-        for ending in (*RESULT_ENDINGS, ".json", ".png", ".html"):
-            result_path(output_dir, name, kind + ending).unlink(missing_ok=True)
-
-
-def _replace_folder(new: Path, old: Path) -> None:
-    """Put folder ``new`` in the place of ``old``, which is moved away first: a rename cannot replace a full folder."""
-    _require_ours(old)
-    if old.exists():
-        away = Path(tempfile.mkdtemp(prefix=".replaced-", dir=old.parent))
-        old.replace(away / old.name)
-        new.replace(old)
-        shutil.rmtree(away)
-    else:
-        new.replace(old)

@@ -14,15 +14,17 @@ import bundle
 from bundle.command_line import record_run
 from bundle.data.files import claim_folder, write_json
 from bundle.errors import InputError
+from bundle.inference.scans import seen_scans
 from bundle.metrics import CASE_METRICS, Case, measure_methods, summarise
 from bundle.parallel import is_main
 from bundle.scoring import FindLesionsd
 from bundle.shards import Records
 
 from .figure import heat_scale
-from .findings import as_list, calibration_files, write_table
 from .html import Strip, write_report
 from .pages import write_viewer
+from .resuming import calibration_files
+from .table import write_table
 from .view import View
 from .viewer import describe_findings
 
@@ -66,7 +68,7 @@ class SaveMetrics:
         claim_folder(self.output_dir, self.records.shard)
 
     def collect(self, engine: Any) -> None:
-        for batch, output in zip(as_list(engine.state.batch), engine.state.output):
+        for batch, output in seen_scans(engine):
             self.done += 1
             if "failure" in output:
                 self.failures.append(f"{output['name']}: failed: {output['failure']}")

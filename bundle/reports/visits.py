@@ -14,18 +14,17 @@ from monai.transforms import ResampleToMatch
 from scipy import ndimage
 
 from bundle.command_line import run_records
-from bundle.data.bids import result_path
 from bundle.data.files import write_json
-from bundle.data.formats import RESULT_ENDINGS
 from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError, explain
 from bundle.scoring import FindLesionsd, combine_contrasts, excess_ml, leading_contrast, sees
 from bundle.transforms import EXAMINED, KeepVolumed, LoadScand, register_rigidly
 
-from .findings import SaveFindings, is_done, remove_results
+from .answer import VOLUMES, remove_results, result_file
+from .findings import SaveFindings
+from .table import is_done
 from .viewer import describe_findings
 
-_VOLUMES = ("heatmap", "lesion", "coverage")
 # headers that agree with the registration so well are believed: it finds a head again to about a millimetre
 _SAME_PLACE_MM = 1.5
 # overlap of the brains (Dice): below the one they are not of one head, below the other somebody should look
@@ -67,7 +66,7 @@ class CombineVisits:
         """
         record = run_records(save.output_dir).get(_RECORD, {})
         known = record.get("visits", {}) if record.get("settings") == save.facts else {}
-        known = {name: of for name, of in known.items() if _result(save.output_dir, name, "heatmap")}
+        known = {name: of for name, of in known.items() if result_file(save.output_dir, name, "heatmap")}
         scans = {row["name"]: row for row in done}
         here = {visit["name"] for visit in self.visits}
         rows = [of["row"] for name, of in known.items() if name not in here]
@@ -131,10 +130,10 @@ class CombineVisits:
         contrasts = [leading, *sorted((c for c in parts if c != leading), key=lambda c: -excess[c])]
         doubts = [f"{c}: {row['status'].partition(': ')[2]}" for c, (_, row) in parts.items() if row["status"] != "ok"]
         scan, row = parts[leading]
-        lead = _load(output_dir, scan, leading, ("image", *_VOLUMES))
+        lead = _load(output_dir, scan, leading, ("image", *VOLUMES))
         on_grid = {leading: lead}
         for contrast in contrasts[1:]:
-            other = _load(output_dir, parts[contrast][0], contrast, ("image", *_VOLUMES))
+            other = _load(output_dir, parts[contrast][0], contrast, ("image", *VOLUMES))
             on_grid[contrast], doubt = _brought(other, lead)
             doubts += [f"{contrast}: {doubt}"] if doubt else []
         # what an interpolated brain has beyond the scan's mask; outside, a heatmap is at its lowest
@@ -176,19 +175,13 @@ def _parts(visit: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> d
 
 def _made_from(output_dir: Path, parts: Parts) -> dict[str, list[Any]]:
     """Name, size and time of the heatmap of each contrast: a run that answers a scan again writes another."""
-    files = {contrast: _result(output_dir, scan["name"], "heatmap") for contrast, (scan, _) in parts.items()}
+    files = {contrast: result_file(output_dir, scan["name"], "heatmap") for contrast, (scan, _) in parts.items()}
     return {c: [f.name, f.stat().st_size, f.stat().st_mtime_ns] for c, f in sorted(files.items()) if f}
-
-
-def _result(output_dir: Path, name: str, kind: str) -> Path | None:
-    """File of a result, in whichever format it is."""
-    files = [result_path(output_dir, name, f"{kind}{ending}") for ending in RESULT_ENDINGS]
-    return next((file for file in files if file.is_file()), None)
 
 
 def _load(output_dir: Path, scan: Mapping[str, Any], contrast: str, kinds: Sequence[str]) -> dict[Any, Any]:
     """Volumes of a scan's answer; ``image`` is the scan itself, with its ``label`` where it has one."""
-    files: dict[Any, Any] = {kind: _result(output_dir, scan["name"], kind) for kind in kinds if kind != "image"}
+    files: dict[Any, Any] = {kind: result_file(output_dir, scan["name"], kind) for kind in kinds if kind != "image"}
     gone = [kind for kind, file in files.items() if file is None]
     if gone:
         raise InputError(f"{scan['name']}: its {gone[0]} is gone from {output_dir}; run with --overwrite True")

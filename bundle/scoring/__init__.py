@@ -5,12 +5,12 @@ from .calibration import FitCalibration, fit_calibration
 from .calibration_file import (
     CalibrationFile,
     load_calibration,
-    reconstruction_file,
     require_model,
     save_calibration,
 )
 from .combination import combine_contrasts, excess_ml, leading_contrast, sees
-from .fusion import PARTS, RULES, Fusion, part_file, usual_weights
+from .fusion import RULES, Fusion, usual_weights
+from .model_files import PARTS, model_files, part_file
 from .operating import POINTS, operating_points
 from .paper import PAPER_SCORES
 from .scores import INTENSITY_SCORES, LESION_SIGN, SCORES, Calibration, Score
@@ -42,9 +42,9 @@ __all__ = [
     "leading_contrast",
     "load_calibration",
     "model_file",
+    "model_files",
     "operating_points",
     "part_file",
-    "reconstruction_file",
     "require_model",
     "save_calibration",
     "score_of",

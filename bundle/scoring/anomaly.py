@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bundle.transforms.spatial import smooth
+from bundle.transforms.spatial import gaussian_blur
 
 # Floor of the squared error before its logarithm: a thousandth of the slice, 0.2 mm; finer differences are noise.
 SQUARED_ERROR_FLOOR = 1e-6
@@ -41,7 +41,7 @@ def smooth_inside(volumes: torch.Tensor, inside: torch.Tensor, sigma: float) -> 
     if sigma == 0:
         return volumes
     weight = inside.to(volumes)
-    total = smooth(torch.cat([volumes * weight, weight]), [sigma] * 3)
+    total = gaussian_blur(torch.cat([volumes * weight, weight]), [sigma] * 3)
     return torch.where(inside, total[:-1] / total[-1:].clamp(min=1e-6), volumes)
 
 

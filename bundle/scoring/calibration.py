@@ -21,11 +21,12 @@ from bundle.errors import InputError
 from bundle.shards import Records
 from bundle.transforms.normative import MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
 
+from .anomaly import smooth_inside
 from .calibration_file import map_hashes, model_hash, save_calibration
 from .fusion import Fusion
 from .operating import operating_points
 from .paper import paper_quantiles
-from .scores import FILTER_MM, LESION_SIGN, OTHER_MM, OWN_MAPS, SCORES, Calibration, filtered, raw_maps
+from .scores import FILTER_MM, LESION_SIGN, OTHER_MM, OWN_MAPS, SCORES, Calibration, raw_maps
 
 QUANTILES = (0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998, 0.9999)
 # edge of the blocks that the maps are kept in: as wide as their smoothing
@@ -88,11 +89,11 @@ def fit_calibration(
     if normative is None:
         normative = _own_normative(images, spacing)
     insides = [image > 0 for image in images]
-    smooth: list[dict[str, torch.Tensor]] = []
+    filtered: list[dict[str, torch.Tensor]] = []
     for i, inside in enumerate(insides):
         own = {name: volumes[i] for name, volumes in maps.items()}
         raw = raw_maps(channels[i], images[i], own, contrast, normative)
-        smooth.append({name: filtered(name, volume, inside, sigmas) for name, volume in raw.items()})
+        filtered.append({name: smooth_inside(volume, inside, sigmas[name]) for name, volume in raw.items()})
     location = [name for name in location if name in sigmas] or ["squared_error", "variance"]
     names = [name for name, score in SCORES.items() if name == "location" or set(score.maps) <= set(sigmas)]
     names += [name for name in maps if name not in SCORES]
@@ -100,7 +101,7 @@ def fit_calibration(
     by_place = {n: parts for n, parts in sums.items() if SCORES[n].by_place}
     single = dict.fromkeys([*(m for parts in by_place.values() for m in parts), *(n for n in names if n not in SCORES)])
     coarse = {
-        m: torch.stack([coarsen(volumes[m], inside, factor) for volumes, inside in zip(smooth, insides)])
+        m: torch.stack([coarsen(volumes[m], inside, factor) for volumes, inside in zip(filtered, insides)])
         for m in single
     }
 
@@ -118,7 +119,7 @@ def fit_calibration(
     others = {p: fit([j for j in everyone if persons[j] != p]) for p in dict.fromkeys(persons)}
     for i in everyone:
         for name, values in scores.items():
-            values.append(others[persons[i]].score_filtered(name, smooth[i], insides[i]))
+            values.append(others[persons[i]].score_filtered(name, filtered[i], insides[i]))
     brains = [inside[0].numpy() for inside in insides]
     volumes = voxel_mm3 or [spacing**3] * len(images)
     keys = [f"{q:g}" for q in QUANTILES]

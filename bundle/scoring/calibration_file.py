@@ -14,12 +14,13 @@ from ignite.engine import Engine, Events
 from nibabel.filebasedimages import ImageFileError
 
 from bundle.data.datalist import CHAIN
-from bundle.data.files import CONTRASTS, calibrated_contrasts, of_contrast, read_json, write_json
+from bundle.data.files import CONTRASTS, calibrated_contrasts, file_hash, of_contrast, read_json, write_json
 from bundle.data.population import read_maps, write_maps
 from bundle.errors import InputError
 from bundle.transforms.normative import load_normative, normative_file
 
-from .fusion import PARTS, Fusion, part_file, replaced
+from .fusion import Fusion, replaced
+from .model_files import PARTS, part_file
 from .scores import Calibration
 
 # what reading files that are no longer whole raises
@@ -37,17 +38,12 @@ def model_hash(model_file: str | Path, contrast: str) -> str:
     return digest.hexdigest()
 
 
-def reconstruction_file(ckpt_dir: str | Path, contrast: str) -> str:
-    """The reconstruction network's weights of a contrast in a folder."""
-    return part_file("reconstruction", ckpt_dir, contrast)
-
-
 def map_hashes(model_file: str | Path, contrast: str) -> dict[str, str | None]:
     """SHA-256 of the file of each of `PARTS` beside a model, as "PART_sha256"; None where there is none."""
     hashes = {}
     for part in PARTS:
         file = Path(part_file(part, Path(model_file).parent, contrast))
-        hashes[f"{part}_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        hashes[f"{part}_sha256"] = file_hash(file) if file.is_file() else None
     return hashes
 
 

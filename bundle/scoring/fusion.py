@@ -11,18 +11,13 @@ from scipy import stats
 
 from bundle.errors import InputError
 
-# maps that are made with a file of their own
-PARTS = ("reconstruction", "segmentation", "embedding")
+from .model_files import PARTS, part_file
+
 _RAW = ("uncalibrated", "intensity", "intensity_opposite")
 # What one map finds less unusual than usual must not take away what another has found: values below 0 count so little
 # in a sum, which keeps their order.
 _BELOW = 0.05
 RULES = ("sum", "product", "maximum", "rank")
-
-
-def part_file(part: str, ckpt_dir: str | Path, contrast: str) -> str:
-    """The file beside the model without which a map cannot be made: a network's weights, or the embedding's maps."""
-    return str(Path(ckpt_dir) / (f"embedding_{contrast}.json" if part == "embedding" else f"{part}_{contrast}.pt"))
 
 
 @dataclass(frozen=True)

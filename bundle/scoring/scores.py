@@ -102,11 +102,6 @@ def raw_maps(
     return {**own, **maps}
 
 
-def filtered(name: str, volume: torch.Tensor, inside: torch.Tensor, sigmas: Mapping[str, float]) -> torch.Tensor:
-    """A map after its Gaussian; ``sigmas`` in voxels."""
-    return smooth_inside(volume, inside, sigmas[name])
-
-
 def within_scan(score: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """Take off the scan's own level and, where its scores spread more than healthy ones do, divide by their spread.
 
@@ -171,7 +166,7 @@ class Calibration:
     def _maps_of(self, name: str) -> list[str]:
         return list(self.location if name == "location" else definition(name).maps)
 
-    def standardise(self, name: str, volume: torch.Tensor) -> torch.Tensor:
+    def in_spreads(self, name: str, volume: torch.Tensor) -> torch.Tensor:
         """(volume - mean) / spread of what is called ``name``, for ``[1, H, W, D]`` on the atlas grid."""
         mean, spread = (
             F.interpolate(m[None].to(volume), volume.shape[1:], mode="trilinear", align_corners=False)[0]
@@ -206,32 +201,32 @@ class Calibration:
             raise InputError("the calibration has no normative map")
         inside = image > 0
         raw = raw_maps(channels, image, maps or {}, self.contrast, self.normative)
-        smooth = {
-            m: filtered(m, raw[m], inside, self.filter_sigma)
+        filtered = {
+            m: smooth_inside(raw[m], inside, self.filter_sigma[m])
             for m in self.needed_maps(name)
             if m in raw and m in self.filter_sigma
         }
-        return self.score_filtered(name, smooth, inside)
+        return self.score_filtered(name, filtered, inside)
 
-    def score_filtered(self, name: str, smooth: Mapping[str, torch.Tensor], inside: torch.Tensor) -> torch.Tensor:
-        """`score` of maps that were `filtered` already."""
+    def score_filtered(self, name: str, filtered: Mapping[str, torch.Tensor], inside: torch.Tensor) -> torch.Tensor:
+        """`score` of maps that have passed their Gaussians."""
         if name == "fusion":
             if self.fusion is None:
                 raise InputError("score 'fusion' needs a rule and weights (fusion_rule, fusion_weights)")
-            parts = {part: self.score_filtered(part, smooth, inside) for part in self.fusion.weights}
+            parts = {part: self.score_filtered(part, filtered, inside) for part in self.fusion.weights}
             return fill_outside(self.fusion(parts, inside), inside)
         score, maps = definition(name), self._maps_of(name)
         for m in maps:
             if m not in self.filter_sigma:
                 raise InputError(f"no map '{m}' in the calibration: run the calibration again with it")
-            if m not in smooth:
+            if m not in filtered:
                 raise InputError(f"the map '{m}' is missing for this scan")
         if score.by_place:
-            total = torch.stack([self.standardise(m, smooth[m]) for m in maps]).sum(0)
+            total = torch.stack([self.in_spreads(m, filtered[m]) for m in maps]).sum(0)
             if len(maps) > 1:
-                total = self.standardise(name, total)
+                total = self.in_spreads(name, total)
         else:
-            total = score.sign * torch.stack([smooth[m] for m in maps]).sum(0)
+            total = score.sign * torch.stack([filtered[m] for m in maps]).sum(0)
         if score.centred:
             total = within_scan(total, inside)
         beyond = (total - score.tail).clamp(min=0)

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from bundle.command_line import record_run, run_records
 from bundle.data import claim_folder, load_datalist
-from bundle.data.cohort import SECTIONS
-from bundle.data.datalist import write_item
-from bundle.data.files import read_json, write_json, write_volume
+from bundle.data.datalist import SECTIONS, write_item
+from bundle.data.files import read_json, write_json
+from bundle.data.volumes import write_volume
 from bundle.errors import InputError
 
 

@@ -5,9 +5,10 @@ from .brain import BrainMaskd
 from .contrast import TellContrastd, contrast_likeness
 from .coverage import EXAMINED, NOT_EXAMINED, MarkCoveraged, RestoreCoveraged
 from .intensity import CurvatureFlowd, NormalizeBrainIntensityd, RandCoarseNoised, learn_landmarks
-from .load import CheckLabelsd, IgnoreLabelsd, LoadScand
+from .labels import CheckLabelsd, IgnoreLabelsd
+from .load import LoadScand
 from .normative import LESION_SIGN, NormativeMap, fit_normative, load_normative, normative_file
-from .outside import FillOutsided, MaskOutsided
+from .outside import FillOutsided
 from .recovery import RecoverBraind
 from .sampling import (
     AxialSlabsd,
@@ -43,7 +44,6 @@ __all__ = [
     "KeepVolumed",
     "LoadScand",
     "MarkCoveraged",
-    "MaskOutsided",
     "NormalizeBrainIntensityd",
     "NormativeMap",
     "RandAnomaliesd",

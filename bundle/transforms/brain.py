@@ -15,8 +15,9 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransform, ResampleToMatch
 from scipy import ndimage
+from skimage.morphology import isotropic_closing
 
-from bundle.data.files import write_volume
+from bundle.data.volumes import write_volume
 from bundle.errors import InputError, flag
 
 # A stripped scan is mostly zeros, and what is left has the size of a brain. Zeros alone prove nothing: scanners blank
@@ -33,10 +34,8 @@ def close_mask(mask: torch.Tensor, voxel_mm: np.ndarray, close_mm: float) -> tor
     """
     pad = np.ceil(close_mm / voxel_mm).astype(int) + 1
     inside = np.pad(mask[0].cpu().numpy() > 0, [(p, p) for p in pad])
-    near = ndimage.distance_transform_edt(~inside, sampling=voxel_mm) <= close_mm
-    closed = ndimage.distance_transform_edt(near, sampling=voxel_mm) > close_mm
-    core = tuple(slice(p, -p) for p in pad)
-    return torch.as_tensor((closed | inside)[core], dtype=torch.float32)[None]
+    closed = isotropic_closing(inside, close_mm, spacing=voxel_mm)[tuple(slice(p, -p) for p in pad)]
+    return torch.as_tensor(closed, dtype=torch.float32)[None]
 
 
 @lru_cache(maxsize=2)

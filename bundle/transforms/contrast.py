@@ -11,8 +11,9 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from scipy.stats import spearmanr
 
-from bundle.data.files import AUTO, CONTRASTS, calibrated_contrasts, stem
-from bundle.data.formats import named_contrast
+from bundle.data.dicom import named_contrast
+from bundle.data.files import AUTO, CONTRASTS, calibrated_contrasts
+from bundle.data.formats import stem
 from bundle.errors import InputError, flag
 
 from .normative import load_normative, normative_file

@@ -89,7 +89,7 @@ class NormalizeBrainIntensityd(MapTransform):
                 raise InputError(f"{name}: the brain has one constant intensity ({low:g}); not an image")
             scaled = (image - low) / (high - low) * (1 - DARKEST_TISSUE) + DARKEST_TISSUE
             if landmarks and Path(landmarks).is_file():
-                scaled = standardise(scaled, scaled[inside], *read_landmarks(landmarks))
+                scaled = match_landmarks(scaled, scaled[inside], *read_landmarks(landmarks))
             elif normative:
                 scaled = load_normative(normative).match(scaled, inside)
             scaled = scaled.clamp(LOWEST_BRAIN_INTENSITY, self.highest)
@@ -97,7 +97,9 @@ class NormalizeBrainIntensityd(MapTransform):
         return d
 
 
-def standardise(image: torch.Tensor, brain: torch.Tensor, percents: np.ndarray, standard: np.ndarray) -> torch.Tensor:
+def match_landmarks(
+    image: torch.Tensor, brain: torch.Tensor, percents: np.ndarray, standard: np.ndarray
+) -> torch.Tensor:
     """Map the ``percents`` of the values ``brain`` to ``standard``, linearly in between; beyond the last one with the
     slope of the last piece, so that what is brighter than all healthy tissue stays so.
     """

@@ -10,28 +10,10 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
 
-class MaskOutsided(MapTransform):
-    """Multiply volumes by the brain mask: what `FillOutsided` needs before an interpolating inverse.
-
-    Args:
-        keys: volumes ``[1, X, Y, Z]``.
-        mask_key: brain mask (0 and 1) on their grid.
-    """
-
-    def __init__(self, keys: KeysCollection, mask_key: str = "brain_mask") -> None:
-        super().__init__(keys)
-        self.mask_key = mask_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[key] = d[key] * d[self.mask_key].to(d[key])
-        return d
-
-
 class FillOutsided(MapTransform):
-    """After masked volumes and their mask have been interpolated alike: divide the one by the other, so that voxels at
-    the rim are means of brain voxels only, and give what is outside the lowest value inside.
+    """After volumes, masked (MONAI's `MaskIntensityd`), and their mask have been interpolated alike: divide the one by
+    the other, so that voxels at the rim are means of brain voxels only, and give what is outside the lowest value
+    inside.
 
     Leaves the mask binary: 1 where at least half of the interpolation came from the brain.
 

@@ -18,7 +18,7 @@ from bundle.data.atlas import grid_affine
 from bundle.errors import InputError
 
 
-def smooth(volume: torch.Tensor, sigma: Sequence[float]) -> torch.Tensor:
+def gaussian_blur(volume: torch.Tensor, sigma: Sequence[float]) -> torch.Tensor:
     """Gaussian blur with the kernel of MONAI's `GaussianFilter`, which needs sixteen times a large volume's memory.
 
     Args:
@@ -59,7 +59,7 @@ class ResampleToGrid(SpatialResample):
             voxel = np.linalg.norm(np.asarray(img.affine)[:3, :3], axis=0)
             fwhm = np.sqrt(np.maximum(self.spacing**2 - voxel**2, 0)) / voxel
             if (fwhm > 0.1).any():
-                img = MetaTensor(smooth(img.as_tensor(), fwhm / 2.355)).copy_meta_from(img)
+                img = MetaTensor(gaussian_blur(img.as_tensor(), fwhm / 2.355)).copy_meta_from(img)
         return super().__call__(img, dst_affine=self.grid_affine, spatial_size=self.spatial_size, mode=mode)
 
     def inverse(self, data: MetaTensor) -> MetaTensor:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from bundle.data import list_scans
 from bundle.data.bids import begin_derivative, find_bids_scans, is_bids, result_path
-from bundle.data.datalist import list_scans
 from bundle.errors import InputError
 
 

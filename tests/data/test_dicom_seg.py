@@ -5,9 +5,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from bundle.data.datalist import list_scans
+from bundle.data import list_scans
+from bundle.data.dicom import dicom_files, is_dicom_scan, read_dicom
 from bundle.data.dicom_seg import HINT, has_highdicom, write_segmentation
-from bundle.data.formats import dicom_files, is_dicom_scan, read_dicom
 from bundle.errors import InputError
 from tests.conftest import write_dicom
 

@@ -4,7 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from bundle.data.files import atomic_path, claim_folder, nifti_header, read_json, stem, write_json, write_volume
+from bundle.data.files import atomic_path, claim_folder, read_json, write_json
+from bundle.data.formats import stem
+from bundle.data.volumes import nifti_header, write_volume
 from bundle.errors import InputError
 
 

@@ -8,8 +8,9 @@ from scipy import ndimage
 
 from bundle.data import find_scans, grid_affine, load_recipe
 from bundle.data.datalist import CHAIN
-from bundle.data.files import write_volume
-from bundle.data.planting import plant_lesion, plant_masks, share_of_voxels
+from bundle.data.planted_cohort import plant_masks
+from bundle.data.planting import plant_lesion, share_of_voxels
+from bundle.data.volumes import write_volume
 from bundle.errors import InputError
 from tests.conftest import ROOT
 

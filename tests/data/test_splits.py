@@ -1,8 +1,7 @@
 import pytest
 
 from bundle.data import load_recipe
-from bundle.data.cohort import listed_sections
-from bundle.data.splits import person_of, read_splits
+from bundle.data.splits import listed_sections, person_of, read_splits
 from bundle.errors import InputError
 from tests.conftest import ROOT
 

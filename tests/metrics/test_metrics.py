@@ -3,7 +3,7 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from bundle.metrics import AUPRCMetric, LocalisationErrorMetric, average_precision
+from bundle.metrics import LocalisationErrorMetric, average_precision
 
 
 @pytest.mark.parametrize("decimals", [6, 1, 0], ids=["no ties", "ties", "many ties"])
@@ -22,25 +22,6 @@ def test_awkward_cases():
     assert average_precision(torch.rand(5), torch.ones(5)) == 1
     constant = average_precision(torch.zeros(8), torch.tensor([1, 0, 0, 0, 1, 0, 0, 0]))
     assert constant == pytest.approx(0.25)  # chance is the prevalence
-
-
-def test_metric_per_case_and_pooled():
-    scores = [torch.rand(1, n) for n in (40, 60, 30)]
-    labels = [(torch.rand(1, n) < 0.3).float() for n in (40, 60, 30)]
-    labels[2].zero_()
-    mean, pooled = AUPRCMetric(), AUPRCMetric(pooled=True)
-    for _ in range(2):  # a second run starts anew
-        for metric in (mean, pooled):
-            metric.reset()
-            metric(scores[:2], labels[:2])
-            metric(scores[2:], labels[2:])
-    cases = [average_precision_score(t[0], s[0]) for s, t in zip(scores[:2], labels[:2])]
-    assert mean.aggregate().item() == pytest.approx(np.mean(cases), abs=1e-6)
-    np.testing.assert_allclose(mean.get_buffer()[:, 0], [*cases, np.nan], rtol=1e-5)
-    everything = average_precision_score(torch.cat(labels, 1)[0], torch.cat(scores, 1)[0])
-    assert pooled.aggregate().item() == pytest.approx(everything, abs=1e-6)
-    with pytest.raises(ValueError, match="same shape"):
-        mean([torch.rand(1, 3)], [torch.rand(1, 4)])
 
 
 def test_localisation_error_in_mm():

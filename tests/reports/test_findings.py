@@ -62,7 +62,7 @@ def written(folder, not_examined):
 )
 def test_what_was_not_looked_at_is_told_and_marked(tmp_path, monkeypatch, percent, text, title):
     titles = []
-    monkeypatch.setattr("bundle.reports.findings.draw_report", lambda path, title, *_: titles.append(title))
+    monkeypatch.setattr("bundle.reports.answer.draw_report", lambda path, title, *_: titles.append(title))
     row, coverage = written(tmp_path, percent)
     assert row["status"] == "ok" and row["not_examined_percent"] == text
     assert titles == [f"a: 0 lesions, 0.00 ml{title}"]

@@ -7,7 +7,7 @@ import torch
 from monai.transforms import Compose
 
 from bundle.data import find_scans, load_recipe
-from bundle.data.files import write_volume
+from bundle.data.volumes import write_volume
 from bundle.errors import InputError
 from bundle.synthesis import (
     TISSUE_ORDER,

@@ -9,7 +9,7 @@ from monai.transforms import Compose, RandGaussianNoise, RandGaussianNoised
 
 from bundle.errors import InputError
 from bundle.training import RequireFiniteLoss, TrainingCheckpoints
-from bundle.training.checkpoints import RandomStates, random_generators
+from bundle.training.random_states import RandomStates, random_generators
 
 
 def training(folder, epochs, steps=3, resume="", interval=2, about="t1", noise=None, scores=None, rate=None):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from scipy import stats
 
+from bundle.data.dicom import named_contrast
 from bundle.data.files import calibrated_contrasts, model_file, of_contrast
-from bundle.data.formats import named_contrast
 from bundle.errors import InputError
 from bundle.transforms import NormalizeBrainIntensityd, TellContrastd, contrast_likeness, fit_normative
 from tests.conftest import ellipsoid, meta

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.layers import GaussianFilter
-from monai.transforms import Compose, Invertd
+from monai.transforms import Compose, Invertd, MaskIntensityd
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from bundle.data import grid_affine
 from bundle.errors import InputError
-from bundle.transforms import FillOutsided, KeepVolumed, MaskOutsided, ResampleToGrid, ResampleToGridd
-from bundle.transforms.spatial import smooth
+from bundle.transforms import FillOutsided, KeepVolumed, ResampleToGrid, ResampleToGridd
+from bundle.transforms.spatial import gaussian_blur
 from tests.conftest import CENTER, ellipsoid, meta
 
 
@@ -42,9 +42,9 @@ def test_resampling_agrees_with_scipy():
 def test_blur_agrees_with_monai(sigma):
     volume = torch.as_tensor(np.random.standard_normal((2, 9, 12, 7)), dtype=torch.float32)
     expected = GaussianFilter(3, list(sigma))(volume[:, None])[:, 0]
-    torch.testing.assert_close(smooth(volume, sigma), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(gaussian_blur(volume, sigma), expected, atol=1e-6, rtol=0)
     whole = (volume * 10).to(torch.int16)
-    assert smooth(whole, sigma).dtype == torch.float32 and whole.dtype == torch.int16
+    assert gaussian_blur(whole, sigma).dtype == torch.float32 and whole.dtype == torch.int16
 
 
 def test_coarse_sampling_averages_instead_of_picking():
@@ -76,7 +76,7 @@ def test_rim_is_not_darkened_by_the_outside():
     chain = Compose([ResampleToGridd("image", 1.7, (14, 14, 14), (9.5, 9.5, 9.5), allow_missing_keys=True)])
     data = chain({"image": meta(inside), "brain_mask": meta(inside)})
     data["heatmap"] = torch.where(data["brain_mask"] > 0, -3.0, -9.0) * torch.ones_like(data["image"])
-    data = MaskOutsided("heatmap")(data)
+    data = MaskIntensityd("heatmap", mask_key="brain_mask")(data)
     data = Invertd(["heatmap", "brain_mask"], chain, orig_keys="image", nearest_interp=False)(data)
     data = FillOutsided("heatmap")(data)
     brain = data["brain_mask"] > 0
