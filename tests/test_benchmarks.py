@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from bundle.data.phantom import make_cohort
-from tests.conftest import CENTER, run_bundle, write_nifti
+from tests.conftest import CENTER, succeed, write_nifti
 
 PATIENTS = 3
+HERE = ("--num_workers", 0)  # what a worker imports takes longer than the scans
 MNI = "space-MNI152NLin2009aSym"
 # benchmark -> contrast, files of patient number i: their names, by what they hold
 OFFICIAL = {
@@ -39,12 +40,6 @@ OFFICIAL = {
         },
     ),
 }
-
-
-def succeed(*args):
-    result = run_bundle(*args)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +77,7 @@ def healthy(people, coarse, tmp_path_factory):
             file = raw / f"IXI-{contrast.upper()}/IXI{number:03}-Guys-{number:04}-{contrast.upper()}.nii.gz"
             write_nifti(file, person[contrast], person["affine"])
     splits = "{'training':'rest','validation':1,'calibration':3}"
-    prepare = ("--source_dir", raw, "--dataset_dir", data, "--dataset", "ixi", "--splits", splits)
+    prepare = ("--source_dir", raw, "--dataset_dir", data, "--dataset", "ixi", "--splits", splits, *HERE)
     out = succeed("preparation", "prepare", coarse, *prepare)
     assert out.count("is the same image as") == 2
     for contrast in ("t1", "t2"):
@@ -102,7 +97,7 @@ def test_from_the_download_to_the_table(benchmark, space, people, healthy, coars
         for kind, name in names(number).items():
             volume = np.round(person[kind]) if kind in ("seg", "brain") else person[kind]
             write_nifti(tmp_path / "raw" / name, volume, person["affine"])
-    prepare = ("--source_dir", tmp_path / "raw", "--dataset_dir", tmp_path / "data", "--dataset", benchmark)
+    prepare = ("--source_dir", tmp_path / "raw", "--dataset_dir", tmp_path / "data", "--dataset", benchmark, *HERE)
     succeed("preparation", "prepare", coarse, *prepare, "--splits", "{'tuning':'rest','test':2}")
     use = ("--dataset_dir", tmp_path / "data", "--ckpt_dir", models, "--contrast", contrast, "--score", "fusion")
     out = tmp_path / "out"
