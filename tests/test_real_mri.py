@@ -97,16 +97,19 @@ def test_a_visits_contrasts_together_are_no_worse_than_the_best_alone(patient26)
 
 
 def test_a_lesion_that_one_contrast_of_a_visit_shows_is_not_lost(tmp_path):
-    """One planted into the T1w, another into the T2w of three scans on three grids; FLAIR shows a few real ones."""
+    """One planted into the T1w, another on the other side into the T2w of three scans on three grids; FLAIR shows a
+    few real ones.
+    """
     source, folder, out = DATA / "ljubljana_raw/patient01", tmp_path / "patient01", tmp_path / "out"
     keys, lesions = ["image", "brain_mask"], {}
+    mask = nib.load(DATA / "stroke_masks_1mm/bwsrsub-1250_lesion.nii.gz")
     shutil.copytree(source, folder, copy_function=shutil.copyfile)
-    for name, contrast, shape in (("T1W", "t1", "bwsrsub-1250"), ("T2W", "t2", "bwsrsub-1498")):
+    for name, contrast, side in (("T1W", "t1", 1), ("T2W", "t2", -1)):
         data = BrainMaskd("image")(LoadScand("image")({"image": str(source / f"{name}.nii.gz")}))
         placed = AlignToAtlasd(keys)(Orientationd(keys, axcodes="RAS", labels=None)(data))["image"]
-        mask = nib.load(DATA / f"stroke_masks_1mm/{shape}_lesion.nii.gz")
+        there = np.diag([side, 1.0, 1.0, 1.0]) @ mask.affine
         image, affine = data["image"], np.asarray(data["image"].affine)
-        soft = share_of_voxels(mask.get_fdata() > 0, mask.affine, image.shape[1:], scan_to_atlas(placed) @ affine)
+        soft = share_of_voxels(mask.get_fdata() > 0, there, image.shape[1:], scan_to_atlas(placed) @ affine)
         soft = torch.as_tensor(soft)[None]
         planted, label = plant_lesion(
             image.as_tensor(), data["brain_mask"].as_tensor(), soft, contrast, (0.9, 0.9), np.random.RandomState(0)

@@ -178,7 +178,7 @@ def test_preparation_through_the_runner(tmp_path, grid_file):
     (source / "c_t1.nii.gz").write_bytes(b"not an image")
     out = tmp_path / "prepared"
     command = ("preparation", "prepare", grid_file, "--source_dir", source, "--dataset_dir", out)
-    result = run_bundle(*command, "--dataset", "folder")
+    result = run_bundle(*command, "--dataset", "folder", "--num_workers", 1)
     assert result.returncode == 3, result.stderr
     assert "1 of 3 scans failed" in result.stderr and "c_t1.nii.gz" in result.stderr
     assert "Traceback" not in result.stderr
