@@ -35,9 +35,9 @@ DATA = ROOT.parent / "shared" / "data"  # real scans, beside the checkout and ne
 needs_real_scans = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real scans in {DATA}")
 
 # the longest files: begun first, so that two workers (`make test`) end at about the same time
-LONG_FILES = ("test_runner", "test_real_mri", "test_real_heads", "test_alignment", "test_faults", "test_shards")
-LONG_FILES += ("test_package", "test_parallel", "test_benchmarks", "test_bad_input", "test_fuzz", "test_scripts")
-LONG_FILES += ("test_cohort", "test_paper")
+LONG_FILES = ("test_real_mri", "test_real_heads", "test_faults", "test_runner", "test_benchmarks", "test_parallel")
+LONG_FILES += ("test_alignment", "test_shards", "test_bad_input", "test_scripts", "test_package", "test_cohort")
+LONG_FILES += ("test_paper", "test_fuzz")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
