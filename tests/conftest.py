@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import multiprocessing
+import os
 import runpy
 import subprocess
 import sys
@@ -12,10 +14,13 @@ import warnings
 import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
+import monai
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 import yaml
 from monai.data import MetaTensor
@@ -26,6 +31,18 @@ from bundle.data.phantom import make_cohort
 ROOT = Path(__file__).resolve().parents[1]
 GRID = {"spacing": 6.0, "spatial_size": [32, 32, 16], "patch_size": 8}
 CENTER = (0.0, -17.0, 5.0)
+DATA = ROOT.parent / "shared" / "data"  # real scans, beside the checkout and never part of it
+needs_real_scans = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real scans in {DATA}")
+
+# the longest files: begun first, so that two workers (`make test`) end at about the same time
+LONG_FILES = ("test_real_mri", "test_real_heads", "test_faults", "test_runner", "test_benchmarks", "test_parallel")
+LONG_FILES += ("test_alignment", "test_shards", "test_bad_input", "test_scripts", "test_package", "test_cohort")
+LONG_FILES += ("test_paper", "test_fuzz")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 @pytest.fixture(autouse=True)
@@ -51,36 +68,51 @@ def cohort(tmp_path_factory) -> Path:
     return folder
 
 
+def runner_command(run_id: str, config: str, grid_file: Path, *overrides: str) -> list[str]:
+    files = [*(f"{ROOT}/configs/{name}.json" for name in config.split("+")), str(grid_file)]
+    return [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files), *map(str, overrides)]
+
+
 def run_bundle(run_id: str, config: str, grid_file: Path, *overrides: str, cwd: Path = ROOT, fresh: bool = False):
     """`python -m monai.bundle run`, as a user types it; returns the finished process. ``config`` may be "one+two".
 
     It runs in this process, whose imports are done, unless ``fresh`` asks for a process of its own.
     """
-    files = [*(f"{ROOT}/configs/{name}.json" for name in config.split("+")), str(grid_file)]
-    command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", str(files), *map(str, overrides)]
+    command = runner_command(run_id, config, grid_file, *overrides)
     if fresh:
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
     return run_here(command, cwd)
 
 
 def run_here(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """``python -m MODULE ...`` in this process, with what such a process would print and its exit code; what a run
-    changes in a process (its folder, hooks, handlers of logs, claims of folders) is put back.
+    """``python -m MODULE ...`` or ``python SCRIPT ...`` in this process, with what such a process would print and its
+    exit code; what a run changes in a process (its folder, environment, hooks, seed, threads of ITK, handlers of logs,
+    claims of folders) is put back.
     """
+    command = [str(word) for word in command]
+    is_module = command[1] == "-m"
     out, err = io.StringIO(), io.StringIO()
-    root = logging.getLogger()
+    root, cudnn = logging.getLogger(), torch.backends.cudnn
     handlers, level, factory = root.handlers[:], root.level, logging.getLogRecordFactory()
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ), warnings.catch_warnings():
         patch.chdir(cwd)
-        patch.setattr(sys, "argv", command[2:])
+        patch.setattr(sys, "argv", command[1 + is_module :])
         patch.setattr(sys, "path", sys.path[:])
         patch.setattr(sys, "excepthook", sys.__excepthook__)
+        patch.setattr(monai.utils.misc, "_seed", None)
+        for name in ("deterministic", "benchmark"):
+            patch.setattr(cudnn, name, getattr(cudnn, name))
         warnings.resetwarnings()
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.showwarning = lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4]))
         with redirect_stdout(out), redirect_stderr(err):
             try:
-                runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+                if is_module:
+                    runpy.run_module(command[2], run_name="__main__", alter_sys=True)
+                else:
+                    sys.path.insert(0, str(Path(command[1]).parent))
+                    runpy.run_path(command[1], run_name="__main__")
                 code = 0
             except SystemExit as ended:
                 code = ended.code
@@ -95,8 +127,53 @@ def run_here(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProces
                 root.handlers[:] = handlers
                 root.setLevel(level)
                 logging.setLogRecordFactory(factory)
+                sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     gc.collect()
+    gc.freeze()  # the next search leaves out what lives now: imports above all, a quarter of a second
     return subprocess.CompletedProcess(command, code or 0, out.getvalue(), err.getvalue())
+
+
+def output_of(result: subprocess.CompletedProcess) -> str:
+    """What a run that has to end well said."""
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def succeed(*args, **kwargs) -> str:
+    """`run_bundle`, which has to end well; what it said."""
+    return output_of(run_bundle(*args, **kwargs))
+
+
+@pytest.fixture(scope="session")
+def models(cohort, grid_file, tmp_path_factory) -> Path:
+    """A model trained for a few epochs, and its calibration; nobody changes them."""
+    folder = tmp_path_factory.mktemp("models")
+    use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
+    out = succeed("training", "train", grid_file, *use, "--max_epochs", 6, "--val_interval", 3)
+    assert "localisation_error_mm" in out
+    assert "calibration: 4 healthy scans" in succeed("calibration", "calibrate", grid_file, *use)
+    return folder
+
+
+def end_as(command: list[str]) -> None:
+    """Run a command in a process that was made for it."""
+    result = run_here(command)
+    sys.__stderr__.write(result.stderr[-1000:] if result.returncode else "")
+    os._exit(result.returncode)
+
+
+@pytest.fixture(scope="session")
+def launch(grid_file):
+    """Start MONAI's runner in a process of its own, which can be killed; it has imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", "monai.bundle", "bundle.reports", "bundle.inference"])
+
+    def start(run_id: str, config: str, *overrides: str):
+        process = context.Process(target=end_as, args=(runner_command(run_id, config, grid_file, *overrides),))
+        process.start()
+        return process
+
+    return start
 
 
 def meta(array, affine=None) -> MetaTensor:
@@ -153,8 +230,6 @@ FORMATS = ("nii.gz", "nrrd", "nhdr", "mha", "mhd", "mgz", "mgh", "hdr", "zip")
 
 def write_scan(folder: Path, name: str, ending: str, volume: np.ndarray, affine: np.ndarray) -> Path:
     """A volume ``[X, Y, Z]`` in one of the formats; Analyze has its affine in a file beside it, as of SPM."""
-    import SimpleITK as sitk
-
     from bundle.data.atlas import to_sitk
 
     folder.mkdir(parents=True, exist_ok=True)

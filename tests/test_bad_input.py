@@ -17,21 +17,7 @@ import torch
 
 from bundle.networks import PatchLocator, save_weights
 from bundle.scoring.calibration import model_hash
-from tests.conftest import ROOT, run_bundle, write_nifti
-
-
-@pytest.fixture(scope="module")
-def models(cohort, grid_file, tmp_path_factory):
-    """A model that was hardly trained, calibrated: bad input does not care how good it is."""
-    folder = tmp_path_factory.mktemp("models")
-    use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
-    for run in (
-        ("training", "train", grid_file, *use, "--max_epochs", 1),
-        ("calibration", "calibrate", grid_file, *use),
-    ):
-        result = run_bundle(*run)
-        assert result.returncode == 0, result.stderr
-    return folder
+from tests.conftest import ROOT, run_bundle, run_here, write_nifti
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +332,7 @@ def test_a_full_disk_and_a_busy_folder(models, cohort, grid_file, tmp_path):
     try:
         assert holder.stdout.readline() == b"held\n"
         before = {f.name: f.read_bytes() for f in tmp_path.iterdir() if f.is_file()}
-        refused = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
+        refused = run_here(command)
         assert refused.returncode == 2 and "another run is writing there" in refused.stderr.splitlines()[-1], (
             refused.stderr
         )

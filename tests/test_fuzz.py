@@ -20,7 +20,7 @@ from bundle.errors import InputError, find_input_error
 from bundle.transforms import BrainMaskd, LoadScand, NormalizeBrainIntensityd, ResampleToGridd
 from tests.conftest import CENTER, GRID, ellipsoid, write_nifti, write_scan
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "8"))  # per test
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "4"))  # per test
 HANG = 20  # seconds that one input may take
 
 

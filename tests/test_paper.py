@@ -11,15 +11,9 @@ import torch
 import yaml
 
 from bundle.data.phantom import make_cohort
-from tests.conftest import CENTER, run_bundle, write_nifti
+from tests.conftest import CENTER, succeed, write_nifti
 
 SECTIONS = {"train_fold0": [0, 1], "val_fold0": [2], "calibration": [3, 4, 5], "test": [6]}
-
-
-def succeed(*args):
-    result = run_bundle(*args)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +51,7 @@ def raw(tmp_path_factory):
 def test_from_raw_scans_to_metrics(raw, tiny, tmp_path):
     data, models, out = tmp_path / "data", tmp_path / "models", tmp_path / "out"
     prepare = ("--source_dir", raw, "--dataset_dir", data, "--dataset", "people", "--splits_file", raw)
+    prepare += ("--num_workers", 0)  # what a worker imports takes longer than the scans
     told = succeed("preparation", "prepare+paper", tiny, *prepare)
     assert "2 training, 1 validation, 3 calibration, 1 test" in told
     use = ("--dataset_dir", data, "--ckpt_dir", models)

@@ -57,7 +57,7 @@ def trained(cohort, grid_file, tmp_path_factory):
     one = ["--ckpt_dir", folder / "one", "--subjects_per_batch", 6, "--train#dataloader#shuffle", "False"]
     two = ["--ckpt_dir", folder / "two", "--subjects_per_batch", 3, "--train#dataloader#sampler#shuffle", "False"]
     return (
-        run_bundle("training", "train", grid_file, *use, *one, fresh=True),
+        run_bundle("training", "train", grid_file, *use, *one),
         torchrun("training", "train", "multi_gpu_train", grid_file, *use, *two),
         folder,
     )
@@ -77,7 +77,7 @@ def test_two_processes_learn_as_one_with_twice_the_batch(trained):
 def test_evaluation_by_two_processes_is_that_of_one(trained, cohort, grid_file, tmp_path):
     folder = trained[2] / "one"
     use = ["--dataset_dir", cohort, "--ckpt_dir", folder]
-    result = run_bundle("calibration", "calibrate", grid_file, *use)
+    result = run_bundle("calibration", "calibrate", grid_file, *use, fresh=True)  # by a new process, once
     assert result.returncode == 0, result.stderr
     assert run_bundle("evaluation", "evaluate", grid_file, *use, "--output_dir", tmp_path / "one").returncode == 0
     for run_id, config in (("evaluation", "evaluate"), ("inference", "inference")):

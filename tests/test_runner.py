@@ -20,24 +20,18 @@ from bundle.errors import InputError
 from bundle.metrics import CASE_METRICS
 from bundle.networks import PatchLocator
 from bundle.transforms import LoadScand
-from tests.conftest import FORMATS, GRID, ROOT, run_bundle, write_dicom, write_nifti, write_scan
-
-
-def succeed(*args, **kwargs):
-    result = run_bundle(*args, **kwargs)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
-
-
-@pytest.fixture(scope="module")
-def models(cohort, grid_file, tmp_path_factory):
-    """A model trained for a few epochs, and its calibration."""
-    folder = tmp_path_factory.mktemp("models")
-    use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
-    out = succeed("training", "train", grid_file, *use, "--max_epochs", 6, "--val_interval", 3)
-    assert "localisation_error_mm" in out
-    assert "calibration: 4 healthy scans" in succeed("calibration", "calibrate", grid_file, *use)
-    return folder
+from tests.conftest import (
+    FORMATS,
+    GRID,
+    ROOT,
+    output_of,
+    run_bundle,
+    run_here,
+    succeed,
+    write_dicom,
+    write_nifti,
+    write_scan,
+)
 
 
 def rows(file):
@@ -603,10 +597,9 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
     command += ["--test", f"phantoms={cohort}:test", "--filter_mm", "0", "3", "--output", out, "--quantile", 0.99]
     command += ["--fusion", "sum:atlas_z=1,location=0.5", "--picture", tmp_path / "maps.png"]
     command += ["--set", *(f"{k}={v}" for k, v in GRID.items())]
-    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
+    said = output_of(run_here(command, tmp_path))
     figures = json.loads(out.read_text())
-    assert set(figures) == {"filter 0 mm", "filter 3 mm"} and "| location |" in result.stdout
+    assert set(figures) == {"filter 0 mm", "filter 3 mm"} and "| location |" in said
     use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path, "--threshold_quantile", 0.99)
     succeed("evaluation", "evaluate", grid_file, *use)
     methods = json.loads((tmp_path / "metrics.json").read_text())["methods"]
@@ -629,10 +622,9 @@ def test_a_fusion_is_chosen_on_scans_with_lesions(fused, cohort, tmp_path):
     command = [sys.executable, ROOT / "scripts/choose_fusion.py", "--ckpt_dir", fused[0], "--dataset_dir", cohort]
     command += ["--section", "test", "--weights", "1", "--rules", "sum", "maximum", "--output", out]
     command += ["--maps", "atlas_z", "location", "embedding", "--set", *(f"{k}={v}" for k, v in GRID.items())]
-    result = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
+    said = output_of(run_here(command, tmp_path))
     figures = json.loads(out.read_text())
-    assert len(figures["auprc"]) == 3 + 2 * 4 and "chosen: --fusion_rule" in result.stdout
+    assert len(figures["auprc"]) == 3 + 2 * 4 and "chosen: --fusion_rule" in said
     best = max(figures["auprc"].values())
     weights = figures["chosen"]["weights"]
     text = f"{figures['chosen']['rule']} of " + ", ".join(f"{w:g} {n}" for n, w in weights.items())

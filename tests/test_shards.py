@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import random
-import sys
 import time
 
 import nibabel as nib
@@ -18,7 +17,7 @@ from bundle.data.files import claim_folder, release_claims
 from bundle.errors import InputError
 from bundle.parallel import Shard, share
 from bundle.shards import Records, from_bytes, to_bytes
-from tests.conftest import ROOT, run_bundle, run_here, write_nifti
+from tests.conftest import run_bundle, write_nifti
 
 # rounds of four shards, two of which are killed; docs/reproduce.md tells of five. Else two shards and one kill, once
 ROUNDS = int(os.environ.get("SHARD_ROUNDS", "0"))
@@ -109,29 +108,6 @@ def test_records_come_back_as_they_were(tmp_path):
     assert records(x=1).read(items[0]) is None  # another scan of the same name
 
 
-def runner(command):
-    """One shard, in a process that has imported everything already."""
-    result = run_here(command)
-    sys.__stderr__.write(result.stderr[-1000:] if result.returncode else "")
-    os._exit(result.returncode)
-
-
-@pytest.fixture(scope="module")
-def launch(grid_file):
-    """Start MONAI's runner in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_shards", "monai.bundle", "bundle.reports", "bundle.inference"])
-
-    def start(run_id, config, *overrides, shard=""):
-        files = str([f"{ROOT}/configs/{config}.json", str(grid_file)])
-        command = [sys.executable, "-m", "monai.bundle", "run", run_id, "--config_file", files, *map(str, overrides)]
-        process = context.Process(target=runner, args=([*command, *(("--shard", shard) if shard else ())],))
-        process.start()
-        return process
-
-    return start
-
-
 def contents(folder):
     """Of every file; but not the seconds that a scan took: in the table and in inference's records."""
     files = {str(f.relative_to(folder)): f for f in sorted(folder.rglob("*")) if f.is_file()}
@@ -154,7 +130,7 @@ def compare(launch, out, *command):
     for _ in range(ROUNDS or 1):
         empty(out)
         numbers = chance.sample(range(1, SHARDS + 1), SHARDS)
-        running = {k: launch(*command, shard=f"{k}/{SHARDS}") for k in numbers}
+        running = {k: launch(*command, "--shard", f"{k}/{SHARDS}") for k in numbers}
         killed = chance.sample(numbers, KILLS)
         for k in killed:
             wait_for(running[k], out / f".shard-{k}-of-{SHARDS}.lock")
@@ -166,7 +142,7 @@ def compare(launch, out, *command):
         assert all(running[k].exitcode == 0 for k in numbers if k not in killed)
         done = [k for k in numbers if k not in killed][:1] if ROUNDS else []  # one once more
         for k in chance.sample([*killed, *done], len(killed) + len(done)):
-            again = launch(*command, shard=f"{k}/{SHARDS}")
+            again = launch(*command, "--shard", f"{k}/{SHARDS}")
             again.join()
             assert again.exitcode == 0
         found = contents(out)
@@ -185,15 +161,6 @@ def wait_for(process, lock):
 def empty(folder):
     for file in sorted(folder.rglob("*"), reverse=True):
         file.rmdir() if file.is_dir() else file.unlink()
-
-
-@pytest.fixture(scope="module")
-def models(cohort, grid_file, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    use = ("--dataset_dir", cohort, "--ckpt_dir", folder)
-    assert run_bundle("training", "train", grid_file, *use, "--max_epochs", 1).returncode == 0
-    assert run_bundle("calibration", "calibrate", grid_file, *use).returncode == 0
-    return folder
 
 
 def test_inference(launch, models, cohort, tmp_path):
