@@ -39,6 +39,8 @@ class SliceMapd(MapTransform):
     """
 
     name = ""
+    # of tensors; which one is fast depends on the network, on CPUs
+    layout: torch.memory_format = torch.contiguous_format
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class SliceMapd(MapTransform):
             if not Path(model_file).is_file():
                 return d
             load_weights(self.network, model_file)
-            self.network.to(self.device).eval()
+            self.network.to(self.device, memory_format=self.layout).eval()  # type: ignore[call-overload]
             self._loaded = model_file
         image = d[self.keys[0]]
         volume = image.as_tensor().cpu().float()
@@ -81,7 +83,7 @@ class SliceMapd(MapTransform):
             height, width = batch.shape[2:]
             padded = F.pad(batch, (0, -width % _DIVISIBLE, 0, -height % _DIVISIBLE))
             try:
-                predicted = self.network(padded.to(self.device))
+                predicted = self.network(padded.to(self.device, memory_format=self.layout))
             except torch.cuda.OutOfMemoryError:
                 warnings.warn(f"GPU memory exhausted: the {self.name} goes on on the CPU, which takes longer")
                 self.device = "cpu"

@@ -25,6 +25,7 @@ class SegmentationMapd(SliceMapd):
     """
 
     name = "segmentation"
+    layout = torch.channels_last
 
     def __init__(self, *args: Any, normative: str, neighbours: int = 2, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
