@@ -8,6 +8,7 @@ from monai.data import MetaTensor
 
 from bundle.errors import InputError
 from bundle.transforms import NormalizeBrainIntensityd, fit_normative, load_normative
+from bundle.transforms.normative import TELLING
 from tests.conftest import ellipsoid, meta
 
 SHAPE = (24, 28, 20)
@@ -111,3 +112,29 @@ def test_what_is_no_normative_map_is_refused(tmp_path, normative, anatomy, brain
         os.utime(file, ns=(len(message), len(message)))
         with pytest.raises(InputError, match=message):
             load_normative(file)
+
+
+def test_fluid_counts_up_to_the_level_at_which_it_tells(normative, anatomy, brain):
+    """The mean against the plain median over subjects."""
+    maps, low, high = load_normative(normative), *TELLING["t2"]
+    people = np.stack([normalised(person(anatomy, brain, s), brain) for s in range(12)])
+    image = torch.full((1, *SHAPE), 0.5) * torch.as_tensor(brain)
+    for fluid in (high, 3.0):  # what is brighter than the level is as unusual as the level
+        image[0, 10, 14, 10] = fluid
+        told = maps.z(image, "t2", telling=True)[0, 10, 14, 10]
+        usual, spread = (float(m[0, 10, 14, 10]) for m in (maps.telling_mean, maps.telling_spread))
+        assert told == pytest.approx((high - usual) / spread)
+    assert maps.z(image, "t2")[0, 10, 14, 10] > told
+    held = np.median(people.clip(low, high), 0)
+    inside = ellipsoid(SHAPE, (9, 11, 7)) > 0
+    assert np.corrcoef(maps.telling_mean[0].numpy()[inside], held[inside])[0, 1] > 0.99
+    assert maps.telling_mean.max() <= high < maps.mean.max()
+
+
+def test_contrasts_without_such_a_level_have_one_z_score(tmp_path, anatomy, brain):
+    scale = NormalizeBrainIntensityd("image")
+    people = [scale({"image": meta(person(anatomy, brain, s)), "brain_mask": meta(brain)}) for s in range(4)]
+    fit_normative(people, tmp_path / "normative_flair.json", "flair", GRID)
+    maps = load_normative(tmp_path / "normative_flair.json")
+    image = people[0]["image"].as_tensor()
+    assert maps.telling_mean is None and torch.equal(maps.z(image, "flair"), maps.z(image, "flair", telling=True))
