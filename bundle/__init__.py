@@ -5,4 +5,4 @@ One room per stage, imports in one direction only:
 ``metrics`` -> ``reports``.
 """
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"

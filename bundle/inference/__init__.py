@@ -1,4 +1,4 @@
-from .embedding import Embedding, EmbeddingMapd, embedding_file, fit_embedding, load_embedding
+from .embedding import Embedding, EmbeddingMapd, fit_embedding, load_embedding
 from .inferer import AutocastInferer, PatchLocationInferer, WeightsCheckpointLoader
 from .reconstruction import ReconstructionMapd
 from .scans import ScanDataset, ScanEvaluator
@@ -14,7 +14,6 @@ __all__ = [
     "ScanEvaluator",
     "SegmentationMapd",
     "WeightsCheckpointLoader",
-    "embedding_file",
     "fit_embedding",
     "load_embedding",
 ]

@@ -208,11 +208,6 @@ class FeatureMoments:
         )
 
 
-def embedding_file(ckpt_dir: str | Path, contrast: str) -> str:
-    """The embedding's statistics of a contrast in a folder of models."""
-    return str(Path(ckpt_dir) / f"embedding_{contrast}.json")
-
-
 def fit_embedding(
     dataset: Sequence[Mapping[str, Any]],
     network: nn.Module,
