@@ -101,6 +101,8 @@ def run_here(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProces
         patch.setattr(sys, "path", sys.path[:])
         patch.setattr(sys, "excepthook", sys.__excepthook__)
         patch.setattr(monai.utils.misc, "_seed", None)
+        # MONAI gives a logger its stream when it is made: the next run's must be made anew
+        patch.setattr(logging.root.manager, "loggerDict", logging.root.manager.loggerDict.copy())
         for name in ("deterministic", "benchmark"):
             patch.setattr(cudnn, name, getattr(cudnn, name))
         warnings.resetwarnings()
