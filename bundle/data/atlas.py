@@ -95,10 +95,11 @@ def load_atlas(template: str | None = None) -> Atlas:
 def atlas_overlap(brain_mask: MetaTensor, atlas: Atlas) -> float:
     """Dice of a brain mask ``[1, X, Y, Z]`` and the atlas' within the mask's field of view; 1 is perfect.
 
-    Voxels much finer than the atlas' are looked at in steps of at most 1.5 mm: a large scan needs gigabytes otherwise.
+    Fine voxels are looked at in steps of at most 3 mm: a large scan needs gigabytes otherwise, and of a brain's 1.9
+    litres fifty thousand points tell the overlap to the third digit.
     """
     voxel = np.linalg.norm(np.asarray(brain_mask.affine, float)[:3, :3], axis=0)
-    steps = [min(max(1, int(1.5 / v)), n) for v, n in zip(voxel, brain_mask.shape[1:])]
+    steps = [min(max(1, int(3.0 / v)), n) for v, n in zip(voxel, brain_mask.shape[1:])]
     affine = brain_mask.affine @ torch.diag(torch.tensor([*steps, 1.0], dtype=brain_mask.affine.dtype))
     few = brain_mask.as_tensor()[:, :: steps[0], :: steps[1], :: steps[2]]
     brain_mask = MetaTensor(few, affine=affine)

@@ -69,15 +69,16 @@ class Embedding:
         """
         size = components.shape[1:]
         mean = F.interpolate(self.mean[None].to(components), size, mode="trilinear", align_corners=False)[0]
-        off = (components - mean)[:, inside[0]].T
-        blocks = _block_of(inside[0], self.edge)
-        matrices = self.whitening.flatten(2).permute(2, 0, 1).to(components)
-        squared = [
-            torch.einsum("nij,nj->ni", matrices[block], values).square().sum(1)
-            for block, values in zip(blocks.split(2**14), off.split(2**14))
-        ]
+        off = components[:, inside[0]].T - mean[:, inside[0]].T
+        blocks, order = _block_of(inside[0], self.edge).sort()
+        numbers, counts = blocks.unique_consecutive(return_counts=True)
+        matrices = self.whitening.flatten(2).permute(2, 1, 0).to(components)
+        # block by block, each a product of two matrices: a matrix for every voxel would be copied otherwise
+        white = [values @ matrices[n] for n, values in zip(numbers.tolist(), off[order].split(counts.tolist()))]
+        distance = torch.empty_like(off[:, 0])
+        distance[order] = torch.cat(white).square().sum(1).sqrt()
         result = torch.zeros(size, device=components.device)
-        result[inside[0]] = torch.cat(squared).sqrt()
+        result[inside[0]] = distance
         return result[None]
 
 

@@ -16,8 +16,8 @@ from monai.utils import convert_to_dst_type
 from bundle.data.files import CONTRASTS, of_contrast
 from bundle.errors import InputError
 from bundle.networks import load_weights
-from bundle.scoring import anomaly_channels, fill_outside, require_model
-from bundle.scoring.paper import near, paper_channels
+from bundle.scoring import CalibrationFile, anomaly_channels, fill_outside, require_model
+from bundle.scoring.paper import PAPER_SCORES, near, paper_channels
 from bundle.transforms.sampling import patch_centers, slice_position
 
 from .embedding import Components, load_embedding
@@ -88,6 +88,8 @@ class PatchLocationInferer(Inferer):
             contrast "auto": those of the ``contrast`` in each volume's ``meta``, which `TellContrastd` writes.
         embedding_file: of `fit_embedding`; likewise. Where there is one, the components of the embedding follow behind
             the anomaly channels, ``[B, 2 + K, H, W, D]``: one pass of the network serves both (`EmbeddingMapd`).
+        score, calibration: that is going to be made, of what; None: any. What it does not need is left at 0 and costs
+            no time: the network's heads, its components, or the network itself.
 
     Raises:
         InputError: weights that cannot be read or are of another network.
@@ -105,6 +107,8 @@ class PatchLocationInferer(Inferer):
         whole_slices: bool = False,
         model_file: str | None = None,
         embedding_file: str | None = None,
+        score: str | None = None,
+        calibration: CalibrationFile | None = None,
     ) -> None:
         super().__init__()
         if precision not in ("float32", "bfloat16"):
@@ -114,6 +118,7 @@ class PatchLocationInferer(Inferer):
         self.patch_size, self.stride, self.max_positions = patch_size, stride, max_positions
         self.precision, self.output = precision, output
         self.whole_slices, self.model_file, self.embedding_file = whole_slices, model_file, embedding_file
+        self.score, self.calibration = score, calibration
         self._loaded: tuple[Any, str, str] = (None, "", "")
         self._with_components: Any = None
 
@@ -132,18 +137,29 @@ class PatchLocationInferer(Inferer):
         return convert_to_dst_type(torch.stack(results), inputs)[0]
 
     def _of_contrast(self, network: Any, contrast: str | None) -> Any:
-        """The network with the weights of the contrast; gives the components too, where there is an embedding."""
+        """The network with the weights of the contrast; gives the components too, where there is an embedding. None
+        where the score needs neither.
+        """
         files = [f and of_contrast(f, contrast) for f in (self.model_file, self.embedding_file)]
         model_file, embedding_file = (f or "" for f in files)
         if self._loaded != (network, model_file, embedding_file):
             if model_file:
                 load_weights(network, model_file)
-            self._with_components = network
+            self._with_components = None
             if hasattr(network, "embed") and model_file and Path(embedding_file).is_file():
                 found = load_embedding(embedding_file, model_file)
-                self._with_components = Components(network, found.center, found.projection, behind=True)
+                self._with_components = Components(network, found.center, found.projection)
             self._loaded = network, model_file, embedding_file
-        return self._with_components
+        components = self._with_components
+        if self.calibration is None or self.score is None or self.score in PAPER_SCORES:
+            located = embedded = True
+        else:
+            needed = self.calibration.load(contrast).needed_maps(self.score)
+            located, embedded = bool(needed & {"squared_error", "variance"}), "embedding" in needed
+        if components is None or not embedded:
+            return network if located else None
+        components.behind = located
+        return components
 
     def _with_what_memory_there_is(self, volume: torch.Tensor, network: Any) -> torch.Tensor:
         """`_volume`; where the GPU's memory runs out, in ever smaller chunks, and at last on the CPU. What fits once is
@@ -164,11 +180,13 @@ class PatchLocationInferer(Inferer):
         finally:
             network.to(device)
 
-    def _volume(self, volume: torch.Tensor, network: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def _volume(self, volume: torch.Tensor, network: Any) -> torch.Tensor:
         """``[H, W, D]`` to ``[channels, H, W, D]``."""
         inside = volume > 0
         if not inside.any():
             raise ValueError("the volume holds no brain (no intensity above 0)")
+        if network is None:
+            return volume.new_zeros(2, *volume.shape)
         h, w, d = volume.shape
         p, s, before = self.patch_size, self.stride, self.patch_size // 2
         # every voxel with its whole patch, and up to s - 1 voxels more, for the positions behind the last voxel
@@ -194,6 +212,8 @@ class PatchLocationInferer(Inferer):
         location = torch.stack(torch.meshgrid(*centers, indexing="ij"))[..., None]
         if self.output == "paper":
             return paper_channels(result[None], location[None])[0]
+        if isinstance(network, Components) and not network.behind:
+            return torch.cat([result.new_zeros(2, h, w, d), result * inside])
         channels = fill_outside(anomaly_channels(result[None, :4], location[None])[0], inside[None])
         return torch.cat([channels, result[4:] * inside])
 

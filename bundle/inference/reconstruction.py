@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from bundle.data.files import AUTO, of_contrast
 from bundle.networks import load_weights
 from bundle.scoring import LESION_SIGN
+from bundle.transforms import slabs
 
 _DIVISIBLE = 16  # slices are padded to a multiple of it: networks halve them up to four times
 
@@ -41,6 +41,7 @@ class SliceMapd(MapTransform):
     name = ""
     # of tensors; which one is fast depends on the network, on CPUs
     layout: torch.memory_format = torch.contiguous_format
+    neighbours = 0  # slices on each side that the network sees
 
     def __init__(
         self,
@@ -56,9 +57,9 @@ class SliceMapd(MapTransform):
         self.contrast, self.output_key = contrast, output_key or self.name
         self._loaded = ""
 
-    @abstractmethod
-    def inputs(self, volume: torch.Tensor, slices: torch.Tensor, contrast: str) -> torch.Tensor:
-        """What the network sees of the slices of those numbers, ``[B, C, H, W]``."""
+    def inputs(self, volume: torch.Tensor, contrast: str) -> list[torch.Tensor]:
+        """The volumes ``[1, H, W, D]`` of whose slices, and ``neighbours``, the network sees."""
+        return [volume]
 
     def result(self, inputs: torch.Tensor, predicted: torch.Tensor, contrast: str) -> torch.Tensor:
         """The map of the slices, ``[B, 1, H, W]``: what the network says, unless a subclass makes more of it."""
@@ -77,9 +78,9 @@ class SliceMapd(MapTransform):
             self._loaded = model_file
         image = d[self.keys[0]]
         volume = image.as_tensor().cpu().float()
-        found = torch.zeros_like(volume)
+        volumes, found = self.inputs(volume, contrast), torch.zeros_like(volume)
         for slices in torch.nonzero((volume[0] > 0).any(0).any(0))[:, 0].split(16):
-            batch = self.inputs(volume, slices, contrast)
+            batch = slabs(volumes, slices, self.neighbours)
             height, width = batch.shape[2:]
             padded = F.pad(batch, (0, -width % _DIVISIBLE, 0, -height % _DIVISIBLE))
             try:
@@ -101,9 +102,6 @@ class ReconstructionMapd(SliceMapd):
     """
 
     name = "reconstruction"
-
-    def inputs(self, volume: torch.Tensor, slices: torch.Tensor, contrast: str) -> torch.Tensor:
-        return volume[..., slices].permute(3, 0, 1, 2)
 
     def result(self, inputs: torch.Tensor, predicted: torch.Tensor, contrast: str) -> torch.Tensor:
         return LESION_SIGN[contrast] * (inputs - predicted)

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from bundle.data.files import of_contrast
-from bundle.transforms import load_normative, normative_slabs
+from bundle.transforms import load_normative, with_normative
 
 from .reconstruction import SliceMapd
 
 
 class SegmentationMapd(SliceMapd):
     """Add the logit of a segmentation that was trained on made-up anomalies (`bundle.transforms.RandAnomaliesd`), from
-    each slice, its neighbours, and the z-scores of both (`bundle.transforms.normative_slabs`). See `SliceMapd`.
+    each slice, its neighbours, and the z-scores of both (`bundle.transforms.with_normative`). See `SliceMapd`.
 
     Args:
         normative: JSON file of the normative map; of the contrast "auto" each scan's own (`of_contrast`).
@@ -31,6 +31,5 @@ class SegmentationMapd(SliceMapd):
         super().__init__(*args, **kwargs)
         self.normative, self.neighbours = normative, neighbours
 
-    def inputs(self, volume: torch.Tensor, slices: torch.Tensor, contrast: str) -> torch.Tensor:
-        normative = load_normative(of_contrast(self.normative, contrast))
-        return normative_slabs(volume, normative, contrast, slices, self.neighbours)
+    def inputs(self, volume: torch.Tensor, contrast: str) -> list[torch.Tensor]:
+        return with_normative(volume, load_normative(of_contrast(self.normative, contrast)), contrast)

@@ -19,7 +19,8 @@ from .sampling import (
     RandAxialSlabsd,
     RandAxialSlicesd,
     RandPatchesd,
-    normative_slabs,
+    slabs,
+    with_normative,
 )
 from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
 from .visit import register_rigidly
@@ -61,6 +62,7 @@ __all__ = [
     "learn_landmarks",
     "load_normative",
     "normative_file",
-    "normative_slabs",
     "register_rigidly",
+    "slabs",
+    "with_normative",
 ]

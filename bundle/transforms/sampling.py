@@ -109,15 +109,13 @@ def slabs(volumes: Sequence[torch.Tensor], slices: torch.Tensor, neighbours: int
     return torch.cat(found, 1)
 
 
-def normative_slabs(
-    volume: torch.Tensor, normative: NormativeMap, contrast: str, slices: torch.Tensor, neighbours: int
-) -> torch.Tensor:
-    """`slabs` of the intensity and of its z-score (`NormativeMap.z`), bounded to [-4, 10] and divided by 4."""
-    return slabs([volume, normative.z(volume, contrast).clamp(-4, 10) / 4], slices, neighbours)
+def with_normative(volume: torch.Tensor, normative: NormativeMap, contrast: str) -> list[torch.Tensor]:
+    """A volume ``[1, H, W, D]``, and its z-score (`NormativeMap.z`), bounded to [-4, 10] and divided by 4."""
+    return [volume, normative.z(volume, contrast).clamp(-4, 10) / 4]
 
 
 class AxialSlabsd(MapTransform):
-    """Take axial slices with their neighbours, intensity and z-score as channels (`normative_slabs`): one dictionary
+    """Take axial slices with their neighbours, intensity and z-score as channels (`with_normative`): one dictionary
     per slice, ``image`` ``[2 * (2 * neighbours + 1), H, W]`` and ``label`` ``[1, H, W]`` of the slice itself.
 
     Args:
@@ -151,7 +149,8 @@ class AxialSlabsd(MapTransform):
             v.as_tensor() if isinstance(v, MetaTensor) else v for v in (data[self.keys[0]], data[self.label_key])
         )
         chosen = self.choose(data["brain_slices"], label)
-        images = normative_slabs(volume, load_normative(self.normative), self.contrast, chosen, self.neighbours)
+        volumes = with_normative(volume, load_normative(self.normative), self.contrast)
+        images = slabs(volumes, chosen, self.neighbours)
         return [
             {self.keys[0]: image, self.label_key: label[..., k], **_name(data)}
             for image, k in zip(images, chosen.tolist())

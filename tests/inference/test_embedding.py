@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,3 +143,28 @@ def test_one_pass_of_the_network_serves_both(tmp_path):
     add.network.embed = None  # an embedding of its own would fail
     expected = EmbeddingMapd("image", network(), alone, model, path)(scan)["embedding"]
     assert torch.equal(add({**scan, "pred": pred})["embedding"].as_tensor(), expected.as_tensor())
+
+
+@pytest.mark.parametrize(
+    "needed, heads, features",
+    [({"z"}, 0, 0), ({"embedding", "z"}, 0, 1), ({"variance"}, 1, 1), ({"variance", "embedding"}, 1, 1)],
+)
+def test_what_a_score_does_not_need_is_not_run(tmp_path, needed, heads, features):
+    model, path = tmp_path / "model.pt", tmp_path / "embedding_t1.json"
+    save_weights(network(), model)
+    files = {"model_file": str(model), "embedding_file": str(path)}
+    fit_embedding(scans(4), network(), PatchLocationInferer(8, output="location"), path, model, "t1", GRID)
+    volume, net, ran = scans(1, seed=9)[0]["image"][None], network(), []
+    calibration = SimpleNamespace(load=lambda _: SimpleNamespace(needed_maps=lambda _: needed))
+    for part in ("locate", "embed"):
+        whole = getattr(net, part)
+        setattr(net, part, lambda x, whole=whole, part=part: ran.append(part) or whole(x))
+    full, some = (
+        PatchLocationInferer(8, **files),
+        PatchLocationInferer(8, **files, score="any", calibration=calibration),
+    )
+    expected = full(volume, network())[0]
+    found = some(volume, net)[0]
+    assert (min(ran.count("locate"), 1), min(ran.count("embed"), 1)) == (heads, features)
+    assert torch.equal(found[:2], expected[:2] if heads else torch.zeros_like(expected[:2]))
+    assert torch.equal(found[2:], expected[2:] if "embedding" in needed else expected[:0])
