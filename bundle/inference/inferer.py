@@ -14,13 +14,13 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_dst_type
 
 from bundle.data.files import CONTRASTS, of_contrast
-from bundle.errors import InputError
 from bundle.networks import load_weights
 from bundle.scoring import CalibrationFile, anomaly_channels, fill_outside, require_model
 from bundle.scoring.paper import PAPER_SCORES, near, paper_channels
 from bundle.transforms.sampling import patch_centers, slice_position
 
 from .embedding import Components, load_embedding
+from .precision import autocast
 
 _FEWEST_POSITIONS = 512  # smaller chunks than that are a matter of what else is in the memory
 
@@ -77,7 +77,7 @@ class PatchLocationInferer(Inferer):
         stride: of the network's output, voxels. Above 1, only every ``stride``-th row and column is evaluated, and
             what is predicted there is interpolated bilinearly in between.
         max_positions: patches evaluated at once; bounds the memory, whatever the size of the volume.
-        precision: "float32", or "bfloat16" for autocast.
+        precision: "float32", "bfloat16" or "auto", see `autocast`.
         output: "anomaly" gives log squared error and log variance ``[B, 2, H, W, D]``, voxels outside the brain set to
             the lowest score inside; "location" gives the network's channels, four or any number, as they are, 0 outside
             the brain; "paper" gives `paper_channels`, outside the brain too as far as the paper's score needs them.
@@ -111,8 +111,7 @@ class PatchLocationInferer(Inferer):
         calibration: CalibrationFile | None = None,
     ) -> None:
         super().__init__()
-        if precision not in ("float32", "bfloat16"):
-            raise InputError(f"precision '{precision}' is unknown: use float32 or bfloat16")
+        autocast(precision, "cpu")  # an unknown one is told at once
         if output not in ("anomaly", "location", "paper"):
             raise ValueError(f"unknown output '{output}'")
         self.patch_size, self.stride, self.max_positions = patch_size, stride, max_positions
@@ -196,7 +195,7 @@ class PatchLocationInferer(Inferer):
             rows, cols = ((-(-(b - a - 1) // s)) * s + p for a, b in ((r0, r1), (c0, c1)))
             image = padded[slices, r0 : r0 + rows, c0 : c0 + cols][:, None]
             plane = slice_position(slices.to(volume.dtype), d).view(-1, 1, 1, 1).expand_as(image)
-            with torch.autocast(volume.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with autocast(self.precision, volume.device):
                 pred = network(torch.cat([image, plane], 1))
             if pred.shape[2:] != ((rows - p) // s + 1, (cols - p) // s + 1):
                 raise ValueError(f"the network's stride is not the inferer's, {s}")

@@ -19,6 +19,8 @@ from bundle.networks import load_weights
 from bundle.scoring import LESION_SIGN
 from bundle.transforms import slabs
 
+from .precision import autocast
+
 _DIVISIBLE = 16  # slices are padded to a multiple of it: networks halve them up to four times
 
 
@@ -33,6 +35,7 @@ class SliceMapd(MapTransform):
         contrast: of the scan; "auto" takes the item's.
         device: to run on.
         output_key: where the map ``[1, H, W, D]`` goes, 0 outside the brain.
+        precision: "float32", "bfloat16" or "auto", see `autocast`.
 
     Raises:
         InputError: weights that cannot be read or are of another network.
@@ -51,11 +54,12 @@ class SliceMapd(MapTransform):
         contrast: str,
         device: torch.device | str = "cpu",
         output_key: str = "",
+        precision: str = "float32",
     ) -> None:
         super().__init__(keys)
         self.network, self.model_file, self.device = network, Path(model_file), device
         self.contrast, self.output_key = contrast, output_key or self.name
-        self._loaded = ""
+        self.precision, self._loaded = precision, ""
 
     def inputs(self, volume: torch.Tensor, contrast: str) -> list[torch.Tensor]:
         """The volumes ``[1, H, W, D]`` of whose slices, and ``neighbours``, the network sees."""
@@ -84,7 +88,8 @@ class SliceMapd(MapTransform):
             height, width = batch.shape[2:]
             padded = F.pad(batch, (0, -width % _DIVISIBLE, 0, -height % _DIVISIBLE))
             try:
-                predicted = self.network(padded.to(self.device, memory_format=self.layout))
+                with autocast(self.precision, self.device):
+                    predicted = self.network(padded.to(self.device, memory_format=self.layout))
             except torch.cuda.OutOfMemoryError:
                 warnings.warn(f"GPU memory exhausted: the {self.name} goes on on the CPU, which takes longer")
                 self.device = "cpu"

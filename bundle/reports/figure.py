@@ -86,8 +86,8 @@ def draw_report(
         score_name: legend of the colour scale.
     """
     panels, (black, white) = choose_panels(view, lesions), view.grey_range()
-    figure = Figure(figsize=(3.1 * len(panels) + 1, 7.6), facecolor="black", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(3.1 * len(panels) + 1, 7.6), facecolor="black", layout="constrained", dpi=110)
+    canvas = FigureCanvasAgg(figure)
     # ticks that nobody sees take a tenth of the time, and so does packing a file to the last byte
     axes = figure.subplots(2, len(panels), squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     heat: Any = None
@@ -135,7 +135,7 @@ def draw_report(
     convention = f"Radiological convention: the patient's left is on the right. The scan's own voxels, {voxel} mm."
     figure.supxlabel(convention, color="white", fontsize=9)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110, pil_kwargs={"compress_level": 1})
+        canvas.print_png(temporary, pil_kwargs={"compress_level": 1})  # savefig would draw it twice, for the layout
 
 
 def _around_brain(view: View, axis: int) -> tuple[slice, slice]:

@@ -40,9 +40,13 @@ def smooth_inside(volumes: torch.Tensor, inside: torch.Tensor, sigma: float) -> 
     """
     if sigma == 0:
         return volumes
-    weight = inside.to(volumes)
-    total = gaussian_blur(torch.cat([volumes * weight, weight]), [sigma] * 3)
-    return torch.where(inside, total[:-1] / total[-1:].clamp(min=1e-6), volumes)
+    # the brain's bounding box: beyond it everything counts for nothing
+    box = (slice(None), *(slice(int(at.min()), int(at.max()) + 1) for at in torch.nonzero(inside[0]).unbind(1)))
+    weight = inside[box].to(volumes)
+    total = gaussian_blur(torch.cat([volumes[box] * weight, weight]), [sigma] * 3)
+    result = volumes.clone()
+    result[box] = torch.where(inside[box], total[:-1] / total[-1:].clamp(min=1e-6), volumes[box])
+    return result
 
 
 def fill_outside(scores: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

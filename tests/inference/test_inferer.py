@@ -131,6 +131,19 @@ def test_location_output_is_the_networks(network, volume):
     torch.testing.assert_close(anomaly[0, :, i, j, k], expected)
 
 
+@pytest.mark.parametrize(
+    "can, expected", [({"avx512_bf16": True}, True), ({"avx512_bf16": False}, False), (None, False)]
+)
+def test_auto_is_bfloat16_where_the_processor_has_it(network, volume, monkeypatch, can, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", can and (lambda: can), raising=False)
+    out = {
+        p: PatchLocationInferer(P, precision=p, output="location")(volume[None, None], network)
+        for p in ("auto", "float32", "bfloat16")
+    }
+    assert torch.equal(out["auto"], out["bfloat16" if expected else "float32"])
+    assert not torch.equal(out["float32"], out["bfloat16"])
+
+
 def test_bfloat16_is_close(network, volume):
     out = [
         PatchLocationInferer(P, precision=p, output="location")(volume[None, None], network)
