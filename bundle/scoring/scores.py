@@ -26,7 +26,7 @@ from .paper import PAPER_SCORES, paper_score
 # patch of 16 mm is no sharper; voxel-wise maps lose small lesions to it (docs/results.md). Other maps pass `OTHER_MM`.
 FILTER_MM = {
     **{"squared_error": 3.0, "variance": 3.0, "embedding": 3.0},
-    **{"z": 2.0, "reconstruction": 2.0, "segmentation": 1.0, "intensity": 0.0},
+    **{"z": 2.0, "asymmetry": 2.0, "reconstruction": 2.0, "segmentation": 1.0, "intensity": 0.0},
 }
 OTHER_MM = 3.0
 # a z-score of a voxel far beyond the healthy ones says no more than one just beyond: two wrong voxels are no lesion
@@ -63,6 +63,7 @@ SCORES = {
     "variance": Score(("variance",)),
     "uncalibrated": Score(("squared_error", "variance"), **_RAW),
     "atlas_z": Score(("z",), by_place=False),
+    "asymmetry": Score(("asymmetry",)),
     "reconstruction": Score(("reconstruction",)),
     # the network has seen the z-score, and so the place; by place once more, its certainty would count twice
     "segmentation": Score(("segmentation",), by_place=False),
@@ -72,7 +73,7 @@ SCORES = {
 # scores that need no network: the trivial methods that every table must show
 INTENSITY_SCORES = ("atlas_z", "intensity", "intensity_opposite")
 # maps that every scan has; others it brings along
-OWN_MAPS = ("squared_error", "variance", "z", "intensity")
+OWN_MAPS = ("squared_error", "variance", "z", "asymmetry", "intensity")
 
 
 def definition(name: str) -> Score:
@@ -89,14 +90,17 @@ def raw_maps(
 ) -> dict[str, torch.Tensor]:
     """The maps of one scan by name, ``[1, H, W, D]`` each, before any filter: `OWN_MAPS`, and ``maps``.
 
-    "z" is the z-score of the intensity at its place and "intensity" the intensity, both signed so that lesions are
-    high.
+    "z" is the z-score of the intensity at its place, "asymmetry" the difference to the intensity at the mirrored place
+    and "intensity" the intensity, all signed so that lesions are high. The mirror stands in the middle of the grid,
+    where the atlas' hemispheres meet; what has no brain opposite is as bright as its opposite.
     """
     sign = LESION_SIGN[contrast]
+    opposite = image.flip(1)
     own = {
         "squared_error": channels[:1],
         "variance": channels[1:2],
         "z": normative.z(image, contrast, telling=True).clamp(*_Z_RANGE),
+        "asymmetry": sign * torch.where((image > 0) & (opposite > 0), image - opposite, 0.0),
         "intensity": sign * image,
     }
     return {**own, **maps}

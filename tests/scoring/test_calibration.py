@@ -22,7 +22,7 @@ from bundle.scoring import (
     save_calibration,
 )
 from bundle.scoring.calibration_file import CalibrationFile, model_hash
-from bundle.scoring.scores import OWN_MAPS, within_scan
+from bundle.scoring.scores import OWN_MAPS, raw_maps, within_scan
 from bundle.transforms import NormativeMap, fit_normative
 from tests.conftest import ellipsoid
 
@@ -96,6 +96,17 @@ def test_scores_are_what_they_are_called(healthy, calibration):
     weight = inside[0].numpy().astype(float)
     blur = [ndimage.gaussian_filter(v, 1.0, mode="constant", truncate=8) for v in (z * weight, weight)]  # 2 mm
     assert np.corrcoef(bright[0].numpy()[weight > 0], (blur[0] / blur[1].clip(1e-6))[weight > 0])[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("contrast, sign", [("t1", -1), ("flair", 1)])
+def test_asymmetry_is_the_difference_to_the_mirrored_place(calibration, contrast, sign):
+    image = torch.as_tensor(np.random.RandomState(5).uniform(0.2, 1.0, (1, 4, 3, 2)).astype(np.float32))
+    image[0, 0, 1, 1] = 0  # no brain there: nothing to compare its opposite with
+    maps = raw_maps(torch.zeros(2, 4, 3, 2), image, {}, contrast, calibration.normative)
+    for i, j, k in np.ndindex(4, 3, 2):
+        here, there = float(image[0, i, j, k]), float(image[0, 3 - i, j, k])
+        expected = sign * (here - there) if here and there else 0.0
+        assert float(maps["asymmetry"][0, i, j, k]) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_normative_map_of_other_scans_takes_the_place_of_their_own(healthy):
