@@ -1,6 +1,6 @@
 # `make demo` and `make test` first; all make their own environment in .venv. Then:
 #   make infer SCAN=file_or_folder OUT=folder         the shipped weights on your scans
-#   make train DATA=prepared CONTRAST=t1 MODELS=folder               both networks, and their calibration
+#   make train DATA=prepared CONTRAST=t1 MODELS=folder               the networks that the contrast's fusion has, and their calibration
 #   make evaluate DATA=prepared CONTRAST=t1 MODELS=folder OUT=folder
 #   make serve STUDIES=folder                                        MONAI Label on port 8000
 #   make package, make test-label                                    the archive, in build/; the same in MONAI Label
@@ -41,6 +41,7 @@ infer: env
 train: env
 	$(RUN) training --config_file configs/train.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 	$(RUN) training --config_file configs/train_reconstruction.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
+	$(if $(filter t1,$(CONTRAST)),,$(RUN) training --config_file configs/train_segmentation.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST")
 	$(RUN) calibration --config_file configs/calibrate.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 
 evaluate: env

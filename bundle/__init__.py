@@ -1,8 +1,8 @@
 """Patch2Loc for MONAI: brain lesions found by a network that has only ever learned where healthy patches belong.
 
-One room per stage, imports in one direction only:
+One package per stage, imports in one direction only:
 ``data`` -> ``transforms`` -> ``synthesis`` -> ``networks``, ``losses`` -> ``scoring`` -> ``inference`` ->
-``metrics`` -> ``reports``.
+``metrics`` -> ``reports``; ``training`` beside them.
 """
 
 __version__ = "0.7.0"

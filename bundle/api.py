@@ -19,7 +19,7 @@ class Findings(NamedTuple):
     """What was found in a scan.
 
     Attributes:
-        heatmap: float32 ``[X, Y, Z]`` on the scan's voxels, healthy spreads above usual.
+        heatmap: float32 ``[X, Y, Z]`` on the scan's voxels, z-score against healthy brains.
         lesion: uint8 ``[X, Y, Z]``, 1 is lesion.
         summary: as `bundle.reports.viewer.describe_findings` makes it, with ``threshold``, ``contrast`` and
             ``not_examined_percent``.

@@ -29,7 +29,7 @@ shows them.
 """
 _IGNORED = ("summary.csv", "run.json", "report.html", "*_report.png", "*_report.html", "*_heatmap.*", ".records/")
 _TOLD: dict[str, dict[str, Any]] = {
-    "heatmap": {"Description": "healthy spreads above what is usual at the place of the atlas", "SkullStripped": True},
+    "heatmap": {"Description": "z-score against healthy brains at the same place of the atlas", "SkullStripped": True},
     "lesion": {"Type": "Lesion", "Description": "1 is lesion"},
     "coverage": {"Description": "0 not brain, 1 brain that was looked at, 2 brain that was not"},
 }

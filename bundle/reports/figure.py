@@ -26,7 +26,7 @@ def heat_scale(score: str, rule: str | None, threshold: float) -> tuple[tuple[fl
     """Scores of the first and the last colour, and the name of the scale.
 
     Args:
-        score: name of the score; all but some are healthy spreads above usual, for which there is one scale.
+        score: name of the score; all but some are z-scores, for which there is one scale.
         rule: of the fusion, if that is the score.
         threshold: above which a voxel is lesion: where the colours of other scores begin.
     """
@@ -34,7 +34,7 @@ def heat_scale(score: str, rule: str | None, threshold: float) -> tuple[tuple[fl
         return (threshold, max(1.0, threshold + 1e-3)), "fusion: mean rank among the scan's voxels"
     if score in ("uncalibrated", "intensity", "intensity_opposite"):
         return (threshold, threshold + max(1.0, abs(threshold)) / 2), f"{score}, as it is"
-    return HEAT_RANGE, f"{score}: healthy spreads above usual"
+    return HEAT_RANGE, f"{score}: z-score against healthy brains"
 
 
 def scanned_plane(view: View) -> int:
@@ -72,7 +72,7 @@ def draw_report(
     view: View,
     lesions: Sequence[Mapping[str, Any]],
     heat_range: tuple[float, float] = HEAT_RANGE,
-    score_name: str = "healthy spreads above usual",
+    score_name: str = "z-score against healthy brains",
 ) -> None:
     """Draw the strongest findings side by side, on the scan's own voxels, and write a PNG: above the scan with
     outlines, below the heatmap on it. The patient's left is on the right (radiological convention).

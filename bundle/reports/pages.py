@@ -74,7 +74,7 @@ def write_viewer(
     view: View,
     result: Mapping[str, Any],
     heat_range: tuple[float, float] = HEAT_RANGE,
-    score_name: str = "healthy spreads above usual",
+    score_name: str = "z-score against healthy brains",
     flags: str = "",
     back: str = "../report.html",
     limit: int = LARGEST_PAGE,

@@ -24,7 +24,7 @@ RULES = ("sum", "product", "maximum", "rank")
 class Fusion:
     """A rule, and the weight of each map that it combines.
 
-    With maps z (healthy spreads above the usual) and weights w that are brought to a sum of 1:
+    With z-scores z and weights w that are brought to a sum of 1:
 
     - "sum": the weighted mean of z, of which a twentieth counts below 0; one map can make up for another, but nothing
       takes away what another has found.

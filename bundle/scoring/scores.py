@@ -41,7 +41,7 @@ class Score:
 
     Attributes:
         maps: of the scan, filtered (`FILTER_MM`); several are added.
-        by_place: each map in spreads above the usual of its place, and the sum of several again; else as they are.
+        by_place: each map as a z-score against healthy brains at its place, and so the sum of several; else as it is.
         centred: brought to the scan's own level, see `within_scan`.
         tail: what is above grows by the logarithm only, so that one map cannot drown the others of a fusion.
         sign: -1 turns the map over.
