@@ -19,7 +19,7 @@ from bundle.errors import InputError
 
 
 def gaussian_blur(volume: torch.Tensor, sigma: Sequence[float]) -> torch.Tensor:
-    """Gaussian blur with the kernel of MONAI's `GaussianFilter`, which needs sixteen times a large volume's memory.
+    """Gaussian blur with the kernel of MONAI's `GaussianFilter`, which needs many times a large volume's memory.
 
     Args:
         volume: ``[C, X, Y, Z]``, of any type.
