@@ -11,17 +11,17 @@ import platform
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import monai
 import numpy as np
 import torch
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigComponent, ConfigParser
 from monai.bundle import run as runner
 
 import bundle
@@ -76,14 +76,16 @@ def configured(words: Sequence[str] | None = None) -> tuple[dict[str, Any], dict
 
 
 def check_overrides(words: Sequence[str] | None = None) -> None:
-    """One of the first steps of every run: warn of overrides of what no config has, which MONAI would ignore.
+    """One of the first steps of every run: refuse overrides of what no config has, which MONAI would ignore, so that
+    a mistyped ``--ckpt_dir`` trains over other models.
 
     Args:
         words: see `configured`.
 
     Raises:
-        InputError: a value of another type than the one it takes the place of, a name without a value where there must
-            be one, or a path that the runner would read as something else.
+        InputError: a name that neither a config nor a component's arguments have, a value of another type than the one
+            it takes the place of, a name without a value where there must be one, or a path that the runner would read
+            as something else.
     """
     words = _typed_words() if words is None else words
     config, overrides = configured(words)
@@ -96,14 +98,29 @@ def check_overrides(words: Sequence[str] | None = None) -> None:
         for part in path:
             place = place.get(part) if isinstance(place, Mapping) else _item(place, part)
         open_to_any = isinstance(place, Mapping) and (not place or "_target_" in place or last in place)
+        if isinstance(place, Mapping) and "_target_" in place and last not in place:
+            target = overrides.get("#".join([*path, "_target_"]), place["_target_"])
+            names = _arguments_of(target)
+            open_to_any = not names or last in names or last.startswith("_")
+        else:
+            names = list(config) if not path else list(place or ())
         if isinstance(place, (str, list)) or open_to_any:
             known = place.get(last) if isinstance(place, Mapping) else _item(place, last)
             _check_type(name, value, known)
             continue
-        names = list(config) if not path else list(place or ())
         close = difflib.get_close_matches(last, names, 1)
         hint = f"; did you mean --{'#'.join([*path, close[0]])}?" if close else ""
-        warnings.warn(f"--{name}: nothing of that name in the config, so it changes nothing{hint}", stacklevel=2)
+        raise InputError(f"--{name}: nothing of that name in the config{hint}")
+
+
+def _arguments_of(target: Any) -> list[str]:
+    """Names of the arguments of a ``_target_``; none if it takes any, or cannot be told."""
+    with suppress(Exception):
+        component: Any = locate(ConfigComponent({"_target_": target}).resolve_module_name())
+        parameters = inspect.signature(component).parameters
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            return list(parameters)
+    return []
 
 
 def _item(place: Any, index: str) -> Any:

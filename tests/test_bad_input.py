@@ -269,12 +269,16 @@ def test_mistakes_on_the_command_line(models, cohort, grid_file, tmp_path, overr
     assert not list(tmp_path.rglob("*.nii.gz"))
 
 
-def test_a_misspelt_override_is_told(models, cohort, grid_file, tmp_path):
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--min_lesions_mm3", "--min_lesion_mm3"), ("--network_def#featurs", "--network_def#features")],
+)
+def test_a_misspelt_override_ends_the_run(models, cohort, grid_file, tmp_path, typed, meant):
     use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path)
-    result = run_bundle("inference", "inference", grid_file, *use, "--min_lesions_mm3", 9)
-    assert result.returncode == 0, result.stderr
-    assert "--min_lesions_mm3: nothing of that name in the config" in result.stderr
-    assert "did you mean --min_lesion_mm3?" in result.stderr
+    result = run_bundle("inference", "inference", grid_file, *use, typed, 9)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    told = f"error: {typed}: nothing of that name in the config; did you mean {meant}?"
+    assert result.stderr.splitlines()[-1] == told and not list(tmp_path.iterdir())
 
 
 def test_what_is_not_ours_stays_and_what_is_old_goes(models, cohort, grid_file, tmp_path):

@@ -24,7 +24,9 @@ def test_a_file_of_arguments_counts_too(tmp_path):
     assert configured(["run"]) == ({}, {})
 
 
-@pytest.mark.parametrize("word", ["--contrast t2", "--network_def#new 1", "--fusion_maps#theirs x", "--handlers#0#x 1"])
+@pytest.mark.parametrize(
+    "word", ["--contrast t2", "--network_def#features 1", "--fusion_maps#theirs x", "--handlers#0#x 1"]
+)
 def test_what_exists_or_may_be_added_is_not_told(word, recwarn):
     check_overrides([*RUN, *word.split()])
     assert not recwarn.list
@@ -32,12 +34,25 @@ def test_what_exists_or_may_be_added_is_not_told(word, recwarn):
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("--contrst t2", "--contrast"), ("--grid#spacng 2", "--grid#spacing"), ("--zzz 1", ""), ("--nothing#here 1", "")],
+    [
+        ("--contrst t2", "--contrast"),
+        ("--grid#spacng 2", "--grid#spacing"),
+        ("--network_def#featurs 96", "--network_def#features"),
+        ("--zzz 1", ""),
+        ("--nothing#here 1", ""),
+    ],
 )
-def test_what_does_not_exist_is_told(word, hint):
-    with pytest.warns(UserWarning, match=rf"{word.split()[0]}: nothing of that name") as told:
+def test_what_does_not_exist_is_refused(word, hint):
+    with pytest.raises(InputError, match=rf"{word.split()[0]}: nothing of that name") as told:
         check_overrides([*RUN, *word.split()])
-    assert (f"did you mean {hint}?" in str(told[0].message)) == bool(hint)
+    assert (f"did you mean {hint}?" in told.value.message) == bool(hint)
+
+
+def test_arguments_of_another_component(recwarn):
+    other = ["--network_def#_target_", "bundle.networks.ResNetPatchLocator"]
+    check_overrides([*RUN, *other, "--network_def#slices", "76"])
+    with pytest.raises(InputError, match="network_def#slices"):
+        check_overrides([*RUN, "--network_def#slices", "76"])
 
 
 @pytest.mark.parametrize(
