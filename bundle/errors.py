@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from monai.utils import OptionalImportError
 
 
 class InputError(Exception):
@@ -30,11 +31,16 @@ class InputError(Exception):
 
 
 def find_input_error(error: BaseException | None) -> InputError | None:
-    """Return the `InputError` at the root of ``error``; MONAI's ``Compose`` wraps what its transforms raise."""
+    """Return the `InputError` at the root of ``error``; MONAI's ``Compose`` wraps what its transforms raise. A package
+    that an option needs and that is not installed is one too.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, InputError):
             return error
+        # the second is what MONAI's TensorBoard handlers say
+        if isinstance(error, OptionalImportError) or "to be installed. Please install" in str(error):
+            return InputError(str(error).splitlines()[0])
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None

@@ -1,6 +1,7 @@
 import logging
 
 import pytest
+from monai.utils import optional_import
 
 from bundle.errors import InputError, _one_line_hook, report_in_one_line
 
@@ -15,6 +16,21 @@ def test_mistakes_and_ctrl_c_take_one_line(capsys):
         assert ended.value.code == code and capsys.readouterr().err == line + "\n"
     _one_line_hook(ValueError, ValueError("ours"), None)
     assert "ValueError: ours" in capsys.readouterr().err
+
+
+def test_a_package_that_is_not_there_takes_one_line(capsys):
+    handler, found = optional_import("nowhere.to_be_found", name="Handler")
+    assert not found
+    with pytest.raises(ImportError) as of_mlflow:
+        handler()
+    of_tensorboard = RuntimeError("X requires y to be installed. Please install it with: pip install y")
+    for cause, name in ((of_mlflow.value, "nowhere"), (of_tensorboard, "pip install y")):
+        error = RuntimeError("Failed to instantiate component")  # as MONAI's resolver does
+        error.__cause__ = cause
+        with pytest.raises(SystemExit) as ended:
+            _one_line_hook(type(error), error, None)
+        told = capsys.readouterr().err
+        assert ended.value.code == 2 and told.startswith("error: ") and name in told and told.count("\n") == 1
 
 
 def test_logs_of_mistakes_have_no_traceback(caplog, monkeypatch):
