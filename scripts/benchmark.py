@@ -42,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from bundle.data import load_atlas  # noqa: E402
 from bundle.data.files import write_json  # noqa: E402
+from bundle.errors import report_in_one_line, require_device  # noqa: E402
 from bundle.inference import PatchLocationInferer  # noqa: E402
 from bundle.losses import BetaNLLLoss  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
@@ -230,6 +231,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small volume, one run each: is everything there?")
     parser.add_argument("--head", help="a scan of a whole head: only where its time goes is told")
     args = parser.parse_args()
+    report_in_one_line()
+    require_device(args.device)
     if args.head:
         one_head(args.head, 1 if args.quick else 3)
         return

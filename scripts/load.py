@@ -171,6 +171,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if not arguments.scans and not arguments.volume and not arguments.heads:
         parser.error("name what to load: --scans N, --volume X Y Z, --heads FILE")
+    for scan in arguments.heads or ():
+        if not Path(scan).exists():
+            parser.error(f"{scan}: not found; --heads takes scans of whole heads")
     with tempfile.TemporaryDirectory() as temporary:
         if arguments.scans:
             many(arguments.scans, Path(temporary))

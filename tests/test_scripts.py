@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 
 from bundle.scoring import Fusion
 from scripts.choose_fusion import Case, area, choose, combinations
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 
 
 def test_benchmark_reports_every_ratio(tmp_path):
@@ -27,6 +27,13 @@ def test_benchmark_reports_every_ratio(tmp_path):
     assert report["published_whole_slice"] > 0
     assert report["auprc"]["difference"] < 1e-9 and report["peak_memory_gib"] > 0
     assert "share of matmul" in result.stdout
+
+
+@pytest.mark.parametrize(("script", "option"), [("benchmark", "--head"), ("load", "--heads")])
+def test_a_head_that_is_not_there_takes_one_line(script, option):
+    result = run_here([sys.executable, ROOT / f"scripts/{script}.py", option, "nowhere.nii.gz"])
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "nowhere.nii.gz" in result.stderr.splitlines()[-1]
 
 
 def test_the_fusion_of_the_fewest_maps_is_chosen():

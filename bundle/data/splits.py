@@ -107,16 +107,17 @@ def _lists(path: Path, dataset: str, fold: int) -> list[tuple[Path, str]]:
     """Files and their sections."""
     if not path.exists():
         raise InputError(f"{path}: not found; --splits_file needs a CSV list of people, or a folder of them")
-    found = []
+    found, folds = [], set()
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         match = _LIST.fullmatch(file.stem)
         if match:
             cohort, own_fold = (match["cohort"] or "").lower(), match["fold"]
             ours = not cohort or f"{dataset}_".lower().startswith(f"{cohort}_")
+            folds |= {own_fold} if ours and own_fold else set()
             if not path.is_dir() or (ours and own_fold in (None, str(fold))):
                 name = match["section"].lower()
                 found.append((file, _SECTIONS.get(name, name)))
-    if not found:
+    if not found or (path.is_dir() and folds and str(fold) not in folds):
         wanted = f"no list of '{dataset}' (fold {fold})" if path.is_dir() else "its name tells no section"
         raise InputError(f"{path}: {wanted}; lists are named like {dataset}_test.csv or {dataset}_train_fold0.csv")
     return found

@@ -261,5 +261,10 @@ class Calibration:
                     f"the calibration holds no threshold of the fusion '{self.fusion}': run the calibration with the "
                     "same fusion_rule and fusion_weights, or give --threshold"
                 ) from error
-            stored = ", ".join(table.get(name, {})) or f"none for '{name}'"
+            if name not in table:
+                raise InputError(
+                    f"the calibration of {self.contrast} holds no score '{name}', but {', '.join(table)}: run the "
+                    "calibration with what makes it (docs/options.md)"
+                ) from error
+            stored = ", ".join(table[name])
             raise InputError(f"no threshold of score '{name}' at {kind} {key}: stored are {stored}") from error

@@ -48,6 +48,8 @@ def test_a_folder_of_all_cohorts_gives_those_of_one(tmp_path):
     assert read_splits(tmp_path, "ixi_dlmuse", fold=1)["b"] == "validation"
     assert read_splits(tmp_path, "mslub") == {"e": "tuning", "f": "test"}
     assert read_splits(tmp_path / "IXI_train_fold1.csv", "mine") == {"a": "training", "c": "training"}
+    with pytest.raises(InputError, match=r"no list of 'ixi' \(fold 7\)"):
+        read_splits(tmp_path, "ixi", fold=7)
     with pytest.raises(InputError, match=r"no list of 'wmh' \(fold 0\); lists are named like wmh_test.csv"):
         read_splits(tmp_path, "wmh")
     for name in ("avail_t2.csv", "nobody.csv"):

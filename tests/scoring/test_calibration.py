@@ -267,6 +267,8 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
         loaded.threshold("location", 0.5)
     with pytest.raises(InputError, match="operating point often: stored are specific, screening"):
         loaded.point("location", "often")
+    with pytest.raises(InputError, match=r"of t1 holds no score 'embedding', but .*run the calibration with"):
+        loaded.point("embedding", "specific")
     with pytest.raises(InputError, match="run calibration"):
         load_calibration(tmp_path / "gone.json", model)
     with pytest.raises(InputError, match="no trained model"):

@@ -61,7 +61,7 @@ def test_thresholds_are_of_all_healthy_voxels_together():
     torch.testing.assert_close(
         calibration.score("paper", channels[0], inside), paper_score("paper", channels[0], inside > 0)
     )
-    with pytest.raises(InputError, match="none for 'paper'"):
+    with pytest.raises(InputError, match="holds no score 'paper'"):
         calibration.threshold("paper", 0.98)
     assert all(check_score(name) == name for name in PAPER_SCORES)
 
