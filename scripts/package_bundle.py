@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +112,8 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--schema", type=Path, default=ROOT / "scripts/metadata_schema.json", help="of the metadata")
     args = parser.parse_args()
+    if find_spec("jsonschema") is None:
+        sys.exit("error: the metadata is checked with jsonschema: pip install jsonschema, or `make package`")
     problems = problems_of(ROOT)
     version = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
     args.output_dir.mkdir(parents=True, exist_ok=True)
