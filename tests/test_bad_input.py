@@ -255,6 +255,7 @@ def test_broken_models_are_refused(models, cohort, grid_file, tmp_path, run_id, 
         (["--patch_size", "8.5"], "--patch_size 8.5: must be a whole number"),
         (["--dataset_dir", "2024"], "write ./2024"),
         (["--output_dir", "{file}/out"], "cannot be written"),
+        (["--atlas", "nowhere.nii"], "error: nowhere.nii: atlas cannot be read"),
     ],
 )
 def test_mistakes_on_the_command_line(models, cohort, grid_file, tmp_path, overrides, message):

@@ -223,6 +223,8 @@ class AlignToAtlasd(MapTransform, InvertibleTransform):
         super().__init__(keys, allow_missing_keys)
         if method not in ("affine", "none", "auto"):
             raise InputError(f"alignment '{method}' is unknown: use 'affine', 'auto' or 'none'")
+        if atlas:
+            load_atlas(atlas)  # one that cannot be read is told before the work
         self.image_key, self.mask_key, self.method, self.atlas = image_key, mask_key, method, atlas
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
