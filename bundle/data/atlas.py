@@ -85,7 +85,7 @@ def load_atlas(template: str | None = None) -> Atlas:
         brain = _from_nifti(nib.load(mask_file)) if mask_file.is_file() else volume
         mask = brain.as_tensor() > 0
     except Exception as error:  # nibabel has many for what is no image
-        raise InputError(f"{template}: atlas cannot be read as a NIfTI image; --atlas needs a stripped brain") from error
+        raise InputError(f"{template}: atlas cannot be read as a NIfTI image; it must be a stripped brain") from error
     same_grid = mask.shape == volume.shape and torch.allclose(brain.affine, volume.affine, atol=1e-3)
     if volume.ndim != 4 or not same_grid or not 0 < mask.float().mean() < 0.7:
         raise InputError(f"{template}: an atlas must be one skull-stripped brain, or have {mask_file.name} beside it")
