@@ -360,9 +360,10 @@ def test_the_tensorrt_overlay_with_an_engine_of_torchscript(models, cohort, grid
     network = PatchLocator(patch_size=GRID["patch_size"])
     network.load_state_dict(torch.load(models / "model.pt", weights_only=True))
     torch.jit.script(network.eval()).save(folder / "model_trt.ts")
-    succeed("inference", "inference+inference_trt", grid_file, *use)
+    precise = ("--precision", "float32")  # the engine has its own
+    succeed("inference", "inference+inference_trt", grid_file, *use, *precise)
     use = ("--dataset_dir", cohort, "--ckpt_dir", models)
-    succeed("inference", "inference", grid_file, *use, "--output_dir", tmp_path / "torch")
+    succeed("inference", "inference", grid_file, *use, "--output_dir", tmp_path / "torch", *precise)
     for row in rows(tmp_path / "torch/summary.csv"):
         file = f"{row['name']}/{row['name']}_heatmap.nii.gz"
         one, other = (nib.load(tmp_path / run / file).get_fdata() for run in ("torch", "engine"))
