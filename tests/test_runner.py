@@ -429,7 +429,7 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
     found = tmp_path / "found"
     succeed("inference", "inference", grid_file, *use, "--output_dir", found)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    methods = ["fusion", "location", "atlas_z", "intensity", "intensity_opposite", "all_positive"]
+    methods = ["fusion", "location", "atlas_z", "asymmetry", "intensity", "intensity_opposite", "all_positive"]
     assert list(metrics["methods"]) == methods
     assert "healthy" in metrics["threshold"]["chosen_by"] and metrics["cases_with_lesions"] == 2
     scores, labels, dices = [], [], []
@@ -596,7 +596,7 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
     out = tmp_path / "figures.json"
     command = [sys.executable, ROOT / "scripts/ablation.py", "--ckpt_dir", models, "--healthy", cohort]
     command += ["--test", f"phantoms={cohort}:test", "--filter_mm", "0", "3", "--output", out, "--quantile", 0.99]
-    command += ["--fusion", "sum:atlas_z=1,location=0.5", "--picture", tmp_path / "maps.png"]
+    command += ["--fusion", "sum:atlas_z=1,asymmetry=0.5,location=0.5", "--picture", tmp_path / "maps.png"]
     command += ["--set", *(f"{k}={v}" for k, v in GRID.items())]
     said = output_of(run_here(command, tmp_path))
     figures = json.loads(out.read_text())
@@ -610,7 +610,7 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
         assert rows[name]["dice"] == pytest.approx(methods[name]["dice_mean"], abs=1e-2)
     assert rows["location"] != figures["filter 0 mm"]["phantoms"]["location"]
     assert 0 <= rows["location"]["recall_at_1_fp"] <= 1
-    fusion = "sum of 1 atlas_z, 0.5 location"  # what calibrate.json has for T1w
+    fusion = "sum of 1 atlas_z, 0.5 asymmetry, 0.5 location"  # what calibrate.json has for T1w
     assert rows[fusion]["auprc"] == pytest.approx(methods["fusion"]["auprc_mean"], abs=1e-3)
     for name in ("location", fusion):
         alarms = figures["filter 3 mm"][f"healthy, held out, {name}"]
