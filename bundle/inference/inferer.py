@@ -16,7 +16,7 @@ from monai.utils import convert_to_dst_type
 from bundle.data.files import CONTRASTS, of_contrast
 from bundle.networks import load_weights
 from bundle.scoring import CalibrationFile, anomaly_channels, fill_outside, require_model
-from bundle.scoring.paper import PAPER_SCORES, near, paper_channels
+from bundle.scoring.paper import near, paper_channels
 from bundle.transforms.sampling import patch_centers, slice_position
 
 from .embedding import Components, load_embedding
@@ -150,11 +150,10 @@ class PatchLocationInferer(Inferer):
                 self._with_components = Components(network, found.center, found.projection)
             self._loaded = network, model_file, embedding_file
         components = self._with_components
-        if self.calibration is None or self.score is None or self.score in PAPER_SCORES:
-            located = embedded = True
-        else:
+        needed = {"variance", "embedding"}
+        if self.calibration is not None and self.score is not None:
             needed = self.calibration.load(contrast).needed_maps(self.score)
-            located, embedded = bool(needed & {"squared_error", "variance"}), "embedding" in needed
+        located, embedded = bool(needed & {"squared_error", "variance"}), "embedding" in needed
         if components is None or not embedded:
             return network if located else None
         components.behind = located

@@ -35,7 +35,7 @@ def smooth_inside(volumes: torch.Tensor, inside: torch.Tensor, sigma: float) -> 
 
     Args:
         volumes: ``[C, H, W, D]``.
-        inside: ``[1, H, W, D]`` bool.
+        inside: ``[1, H, W, D]`` bool, with at least one voxel set.
         sigma: voxels; 0 changes nothing.
     """
     if sigma == 0:

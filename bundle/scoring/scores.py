@@ -165,6 +165,8 @@ class Calibration:
         """Names of the maps that a score is made of."""
         if name == "fusion":
             return set().union(*(self.needed_maps(part) for part in (self.fusion.weights if self.fusion else ())))
+        if name in PAPER_SCORES:
+            return {"squared_error", "variance"}
         return set(self._maps_of(name))
 
     def _maps_of(self, name: str) -> list[str]:

@@ -224,7 +224,5 @@ class IfNeededd(MapTransform):
         self.transform, self.score, self.calibration = transform, score, calibration
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        if self.score in PAPER_SCORES:
-            return dict(data)
         needed = self.calibration.load(data.get("contrast")).needed_maps(self.score)
         return self.transform(data) if self.keys[0] in needed else dict(data)
