@@ -14,6 +14,7 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_dst_type
 
 from bundle.data.files import CONTRASTS, of_contrast
+from bundle.errors import InputError
 from bundle.networks import load_weights
 from bundle.scoring import CalibrationFile, anomaly_channels, fill_outside, require_model
 from bundle.scoring.paper import near, paper_channels
@@ -51,17 +52,22 @@ class AutocastInferer(SimpleInferer):
     and scale the loss there, which bfloat16 does not need. Gives float32, in which losses are summed.
 
     Args:
-        enabled: False runs as `SimpleInferer` does.
+        enabled: False runs as `SimpleInferer` does; "auto" is for devices that compute in bfloat16, see `autocast`.
+
+    Raises:
+        InputError: neither of these.
     """
 
-    def __init__(self, enabled: bool = True) -> None:
+    def __init__(self, enabled: bool | str = True) -> None:
         super().__init__()
-        self.enabled = enabled
+        if enabled not in (True, False, "auto"):
+            raise InputError(f"--amp {enabled} is unknown: use True, False or auto")
+        self.precision = "auto" if enabled == "auto" else "bfloat16" if enabled else "float32"
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
+        with autocast(self.precision, inputs.device):
             return super().__call__(inputs, network, *args, **kwargs).float()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from monai.transforms import generate_spatial_bounding_box
 
 from bundle.data.files import atomic_path
 
@@ -140,11 +141,8 @@ def draw_report(
 
 def _around_brain(view: View, axis: int) -> tuple[slice, slice]:
     """The part of planes across ``axis`` that has the brain, and a margin."""
-    kept = [a for a in range(3) if a != axis]
     marked = view.brain if view.brain.any() else np.ones_like(view.brain)
-    slices = []
-    for a in kept:
-        where = np.flatnonzero(marked.any(tuple(b for b in range(3) if b != a)))
-        margin = round(_MARGIN_MM / view.spacing[a])
-        slices.append(slice(max(0, int(where[0]) - margin), int(where[-1]) + 1 + margin))
-    return slices[0], slices[1]
+    margin = [round(_MARGIN_MM / mm) for mm in view.spacing]
+    box = list(map(slice, *generate_spatial_bounding_box(marked[None], margin=margin, allow_smaller=True)))
+    del box[axis]
+    return box[0], box[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from monai.transforms import generate_spatial_bounding_box
 
 from bundle.transforms.spatial import gaussian_blur
 
@@ -41,7 +42,7 @@ def smooth_inside(volumes: torch.Tensor, inside: torch.Tensor, sigma: float) -> 
     if sigma == 0:
         return volumes
     # the brain's bounding box: beyond it everything counts for nothing
-    box = (slice(None), *(slice(int(at.min()), int(at.max()) + 1) for at in torch.nonzero(inside[0]).unbind(1)))
+    box = (slice(None), *map(slice, *generate_spatial_bounding_box(inside)))
     weight = inside[box].to(volumes)
     total = gaussian_blur(torch.cat([volumes[box] * weight, weight]), [sigma] * 3)
     result = volumes.clone()

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import SimpleITK as sitk
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import InvertibleTransform, MapTransform
+from monai.data.utils import affine_to_spacing
+from monai.transforms import InvertibleTransform, MapTransform, SpatialCrop, generate_spatial_bounding_box
 from scipy.linalg import polar
 
 from bundle.data.atlas import LPS, Atlas, atlas_overlap, load_atlas, to_sitk
@@ -44,14 +45,10 @@ def _shrunken(image: sitk.Image, voxel_mm: float) -> sitk.Image:
 
 def _cropped(brain: MetaTensor, inside: torch.Tensor, margin_mm: float) -> tuple[MetaTensor, torch.Tensor]:
     """The box of the brain and ``margin_mm`` around it: what lies beyond is 0, and costs as much as the brain."""
-    spacing = np.linalg.norm(brain.affine.numpy()[:3, :3], axis=0)
-    at = torch.nonzero(inside[0]).numpy()
-    margin = np.ceil(margin_mm / spacing).astype(int)
-    first = np.maximum(at.min(0) - margin, 0)
-    box = (slice(None), *(slice(a, b) for a, b in zip(first, at.max(0) + margin + 1)))
-    affine = brain.affine.clone()
-    affine[:3, 3] += affine[:3, :3] @ torch.as_tensor(first, dtype=affine.dtype)
-    return MetaTensor(brain.as_tensor()[box], affine=affine), inside[box]
+    margin = torch.ceil(margin_mm / affine_to_spacing(brain.affine)).int().tolist()
+    first, last = generate_spatial_bounding_box(inside, margin=margin, allow_smaller=True)
+    crop = SpatialCrop(roi_start=first, roi_end=last)
+    return cast(MetaTensor, crop(brain)), cast(MetaTensor, crop(inside)).as_tensor()
 
 
 def _turned(image: sitk.Image, turn: np.ndarray, center: np.ndarray) -> sitk.Image:

@@ -172,6 +172,16 @@ def test_autocast_trains_in_bfloat16_on_the_cpu_too():
     torch.testing.assert_close(rounded, plain, atol=0.1, rtol=0.1)
     rounded.sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in network.parameters())
+    with pytest.raises(InputError, match="--amp yes is unknown"):
+        AutocastInferer("yes")
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_training_takes_bfloat16_where_the_processor_has_it(monkeypatch, can):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": can}, raising=False)
+    network, image = PatchLocator(patch_size=8, channels=4, features=8), torch.rand(1, 2, 20, 20)
+    told, auto = (AutocastInferer(enabled)(image, network) for enabled in (can, "auto"))
+    assert torch.equal(auto, told)
 
 
 class LittleMemory:
