@@ -24,20 +24,20 @@ from .random_states import RandomStates
 
 
 class TrainingCheckpoints:
-    """Handler of a trainer: validate and save regularly and at the end, keep the best model, go on where one stopped.
+    """Handler of a trainer: validate and save regularly and at the end, keep the model, go on where one stopped.
 
     Every ``interval`` epochs, after the validation, ``folder/MODEL_epoch=N.pt`` is written: network, optimiser,
     schedule, epoch, best metric and all random states. The last ``keep`` stay. Whenever the validation was the best so
-    far, ``model_file`` gets the network as a flat state dict. Files are written under a temporary name, synced and
-    renamed. On a CPU a training that was killed and resumed ends with the very weights of one that was not; with
-    several processes the random states are not restored.
+    far, or after each with ``model="last"``, ``model_file`` gets the network as a flat state dict. Files are written
+    under a temporary name, synced and renamed. On a CPU a training that was killed and resumed ends with the very
+    weights of one that was not; with several processes the random states are not restored.
 
     Checkpoints beside those it starts from or makes, of an earlier training, are moved to ``folder/earlier_K``; so is,
     as a copy, the model file that a training replaces when it starts anew.
 
     Args:
         folder: of the checkpoints.
-        model_file: the best model.
+        model_file: the model, see ``model``.
         state: "network" and what else has a state, each with ``state_dict`` and ``load_state_dict``.
         validator: its evaluator; tells the best metric. It has been run by others at multiples of ``interval``.
         interval: epochs between checkpoints.
@@ -47,10 +47,11 @@ class TrainingCheckpoints:
             checkpoint's path.
         keep: number of checkpoints.
         half: the model file's weights have 16 bit; checkpoints keep 32.
+        model: whose weights are kept, of the "best" validation or the "last".
 
     Raises:
         InputError: a checkpoint that cannot be read, of another network, or of more epochs than are asked for; an
-            interval below 1.
+            interval below 1; another model to keep than these two.
     """
 
     def __init__(
@@ -65,19 +66,22 @@ class TrainingCheckpoints:
         resume: str = "",
         keep: int = 3,
         half: bool = False,
+        model: str = "best",
     ) -> None:
+        if model not in ("best", "last"):
+            raise InputError(f"the model to keep is '{model}': use best or last")
         if interval < 1:
             raise InputError(f"val_interval {interval}: validate every epoch (1) or more rarely")
         self.folder, self.model_file, self.state = Path(folder), Path(model_file), dict(state)
         self.validator, self.interval, self.keep = validator, interval, keep
         self.random, self.about, self.resume = RandomStates(transforms), dict(about or {}), str(resume or "")
-        self.half, self._validated = half, 0
+        self.half, self.model, self._validated = half, model, 0
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
         engine.add_event_handler(Events.COMPLETED, self.finish)
-        self.validator.add_event_handler(Events.COMPLETED, self.keep_best)
+        self.validator.add_event_handler(Events.COMPLETED, self.keep_model)
 
     def files(self) -> list[Path]:
         """Checkpoints of this model, the newest first."""
@@ -161,9 +165,9 @@ class TrainingCheckpoints:
         self._set_aside([f for f in self.files() if _epoch(f) > engine.state.epoch])
         print(f"{file}: goes on after epoch {engine.state.epoch}", flush=True)
 
-    def keep_best(self, validator: Any) -> None:
+    def keep_model(self, validator: Any) -> None:
         self._validated = validator.state.epoch
-        if is_main() and validator.state.best_metric_epoch == validator.state.epoch:
+        if is_main() and (self.model == "last" or validator.state.best_metric_epoch == validator.state.epoch):
             save_weights(_unwrapped(self.state["network"]), self.model_file, self.about, self.half)
 
     def save(self, engine: Engine) -> None:

@@ -12,7 +12,9 @@ from bundle.training import RequireFiniteLoss, TrainingCheckpoints
 from bundle.training.random_states import RandomStates, random_generators
 
 
-def training(folder, epochs, steps=3, resume="", interval=2, about="t1", noise=None, scores=None, rate=None):
+def training(
+    folder, epochs, steps=3, resume="", interval=2, about="t1", noise=None, scores=None, rate=None, model="best"
+):
     """A small training with every kind of randomness; returns it and the engines that run it."""
     torch.manual_seed(0)
     np.random.seed(0)
@@ -47,7 +49,15 @@ def training(folder, epochs, steps=3, resume="", interval=2, about="t1", noise=N
     trainer.add_event_handler(Events.EPOCH_COMPLETED(every=interval), lambda e: validate(e.state.epoch))
     state = {"network": network, "optimizer": optimizer, "lr_scheduler": schedule, "trainer": trainer}
     checkpoints = TrainingCheckpoints(
-        folder / "checkpoints", folder / "model.pt", state, validator, interval, noise, {"contrast": about}, resume
+        folder / "checkpoints",
+        folder / "model.pt",
+        state,
+        validator,
+        interval,
+        noise,
+        {"contrast": about},
+        resume,
+        model=model,
     )
     checkpoints.attach(trainer)
     trainer.run(range(steps), max_epochs=epochs)
@@ -72,6 +82,15 @@ def test_a_resumed_training_ends_as_an_undisturbed_one(tmp_path):
     before = (tmp_path / "cut/model.pt").stat().st_mtime_ns
     training(tmp_path / "cut", 11, resume="auto", scores=iter([4, 4]))  # better than nothing, but not than before
     assert (tmp_path / "cut/model.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("model, kept", [("best", False), ("last", True)])
+def test_the_model_is_the_best_or_the_last(tmp_path, model, kept):
+    network, _, _ = training(tmp_path, 4, scores=iter([3, 7]), model=model)
+    weights = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert all(torch.equal(weights[k], v) for k, v in network.state_dict().items()) == kept
+    with pytest.raises(InputError, match="'first': use best or last"):
+        training(tmp_path, 4, model="first")
 
 
 def test_a_constant_learning_rate_goes_on(tmp_path):
