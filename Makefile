@@ -41,7 +41,7 @@ infer: env
 train: env
 	$(RUN) training --config_file configs/train.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 	$(RUN) training --config_file configs/train_reconstruction.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
-	$(if $(filter t1,$(CONTRAST)),,$(RUN) training --config_file configs/train_segmentation.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST")
+	$(RUN) training --config_file configs/train_segmentation.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 	$(RUN) calibration --config_file configs/calibrate.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 
 evaluate: env
