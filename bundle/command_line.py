@@ -97,13 +97,11 @@ def check_overrides(words: Sequence[str] | None = None) -> None:
         place: Any = config
         for part in path:
             place = place.get(part) if isinstance(place, Mapping) else _item(place, part)
-        open_to_any = isinstance(place, Mapping) and (not place or "_target_" in place or last in place)
-        if isinstance(place, Mapping) and "_target_" in place and last not in place:
-            target = overrides.get("#".join([*path, "_target_"]), place["_target_"])
-            names = _arguments_of(target)
+        names = list(config) if not path else list(place or ())
+        open_to_any = isinstance(place, Mapping) and (not place or last in place)
+        if isinstance(place, Mapping) and "_target_" in place and not open_to_any:
+            names = _arguments_of(overrides.get("#".join([*path, "_target_"]), place["_target_"]))
             open_to_any = not names or last in names or last.startswith("_")
-        else:
-            names = list(config) if not path else list(place or ())
         if isinstance(place, (str, list)) or open_to_any:
             known = place.get(last) if isinstance(place, Mapping) else _item(place, last)
             _check_type(name, value, known)

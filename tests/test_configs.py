@@ -34,7 +34,7 @@ PURPOSES = {
 CHAINS = ["prepare", "train", "train_reconstruction", "train_segmentation", "calibrate", "evaluate"]
 # arguments that each config chooses for itself, and those that prepared data do not need
 OWN_ARGUMENTS = {"keys", "allow_missing_keys", "mode", "contrast"}
-NOT_NEEDED = {"method", "device", "highest"}
+NOT_NEEDED = {"method", "device"}
 
 
 def config(name):
@@ -63,6 +63,15 @@ def test_what_two_configs_both_say_is_the_same(group, one, other):
         assert name in {key[: len(name)] for key in {**mine, **theirs}}, f"{name}: in neither config"
 
 
+def test_all_trainings_normalise_alike():
+    """Also what only one of them says, which the comparison of what two say cannot see."""
+    parts = [
+        {key: value for key, value in leaves(config(name)).items() if key.startswith(("normalise#", "normative#"))}
+        for name in TRAININGS
+    ]
+    assert parts[0] and all(part == parts[0] for part in parts)
+
+
 def chain(content):
     """The steps from file to normalised volume."""
     if "preprocessing" in content:
@@ -73,7 +82,8 @@ def chain(content):
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_chain_is_a_part_of_that_of_inference(name):
     whole = iter(chain(config("inference")))
-    not_needed = NOT_NEEDED | ({"landmarks", "normative"} if name == "prepare" else set())  # they are made from it
+    made_from_it = {"landmarks", "normative", "highest"} if name == "prepare" else set()
+    not_needed = NOT_NEEDED | made_from_it
     for step in chain(config(name)):
         if "head" in (step.get("keys"), step.get("names")):  # of the preparation's quality sheet
             continue

@@ -48,7 +48,7 @@ def _cropped(brain: MetaTensor, inside: torch.Tensor, margin_mm: float) -> tuple
     margin = torch.ceil(margin_mm / affine_to_spacing(brain.affine)).int().tolist()
     first, last = generate_spatial_bounding_box(inside, margin=margin, allow_smaller=True)
     crop = SpatialCrop(roi_start=first, roi_end=last)
-    return cast(MetaTensor, crop(brain)), cast(MetaTensor, crop(inside)).as_tensor()
+    return cast(MetaTensor, crop(brain)), inside[:, *crop.slices]
 
 
 def _turned(image: sitk.Image, turn: np.ndarray, center: np.ndarray) -> sitk.Image:
