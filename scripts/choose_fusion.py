@@ -3,8 +3,9 @@
 Every scan's maps are made once; then every combination of weights is tried on them. The best is the one with the
 highest AUPRC (mean over people, scans of one person averaged first); of those within --margin of it the one of the
 fewest maps is taken, so that a map that does not help costs nobody time. Planted lesions are not real ones: with
---check_dir only fusions are taken that find, of real lesions there, no less than the z-score alone (atlas_z). Put what
-is printed into "usual_weights" of configs/calibrate.json (or give it as --fusion_weights) and calibrate.
+--check_dir only fusions are taken that find in every real scan there what the best single map finds in it, less
+--check_margin. Put what is printed into "usual_weights" of configs/calibrate.json (or give it as --fusion_weights) and
+calibrate.
 """
 
 from __future__ import annotations
@@ -86,6 +87,20 @@ def combinations(names: Sequence[str], weights: Sequence[float], rules: Sequence
             yield from (Fusion(rule, used) for rule in (rules if len(used) > 1 else rules[:1]))
 
 
+def keep(fusions: Sequence[Fusion], by_case: Sequence[Mapping[str, float]], margin: float) -> list[Fusion]:
+    """The fusions that reach in every case (AUPRC by the fusion's text) that of the best single map, less ``margin``.
+
+    Raises:
+        InputError: there are none.
+    """
+    single = [str(fusion) for fusion in fusions if len(fusion.weights) == 1]
+    floors = [max(areas[text] for text in single) - margin for areas in by_case]
+    kept = [f for f in fusions if all(areas[str(f)] >= floor for areas, floor in zip(by_case, floors))]
+    if not kept:
+        raise InputError(f"--check_margin {margin}: every fusion loses more on a scan of --check_dir; give it more")
+    return kept
+
+
 def choose(fusions: Sequence[Fusion], areas: Mapping[str, float], margin: float) -> Fusion:
     """Of the fusions within ``margin`` of the best mean area (by the fusion's text) the one of the fewest maps, and of
     those the best.
@@ -107,6 +122,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of configs/evaluate.json")
     parser.add_argument("--check_dir", nargs="+", default=[], help="prepared datasets of real lesions, see above")
     parser.add_argument("--check_section", default="test")
+    parser.add_argument("--check_margin", type=float, default=0.01, help="of AUPRC that a real scan may lose")
     parser.add_argument("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     bench = Bench(args.ckpt_dir, args.contrast, args.set)
@@ -117,24 +133,25 @@ def main() -> None:
     cases = cases_of(bench, args.dataset_dir, args.section, names)
     fusions = list(combinations(names, args.weights, args.rules))
     areas = mean_areas(cases, fusions)
-    allowed = fusions
-    if args.check_dir:
-        real = cases_of(bench, args.check_dir, args.check_section, names)
-        checked = mean_areas(real, fusions)
-        alone = checked[str(Fusion(weights={"atlas_z": 1.0}))]
-        allowed = [fusion for fusion in fusions if checked[str(fusion)] >= alone]
-        print(
-            f"{len(allowed)} of {len(fusions)} find as much of {len(real)} real scans as the z-score alone, {alone:.3f}"
-        )
+    real = cases_of(bench, args.check_dir, args.check_section, names) if args.check_dir else []
+    checked = [mean_areas([case], fusions) for case in real]
+    allowed = keep(fusions, checked, args.check_margin)
     chosen = choose(allowed, {str(f): areas[str(f)] for f in allowed}, args.margin)
     order = sorted(areas, key=lambda text: -areas[text])
     alone = [str(fusion) for fusion in fusions if len(fusion.weights) == 1]
-    print(f"\n{args.contrast}, {len(cases)} scans with lesions\n\n| fusion | mean AUPRC |\n|---|---|")
+    columns = ["fusion", "mean AUPRC", *(f"real: {case.person}" for case in real)]
+    print(
+        f"\n{args.contrast}, {len(cases)} scans with lesions; {len(allowed)} of {len(fusions)} fusions pass the check\n"
+    )
+    print("\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns))))
     for text in dict.fromkeys([*order[:10], str(chosen), *alone]):
-        print(f"| {text} | {areas[text]:.4f} |")
+        print(f"| {' | '.join([text, *(f'{found[text]:.4f}' for found in (areas, *checked))])} |")
     print(f'\nchosen: --fusion_rule {chosen.rule} --fusion_weights "{dict(chosen.weights)}"')
     if args.output:
-        write_json(args.output, {"chosen": {"rule": chosen.rule, "weights": dict(chosen.weights)}, "auprc": areas})
+        write_json(
+            args.output,
+            {"chosen": {"rule": chosen.rule, "weights": dict(chosen.weights)}, "auprc": areas, "real": checked},
+        )
 
 
 if __name__ == "__main__":
