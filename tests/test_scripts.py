@@ -9,9 +9,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from bundle.errors import InputError
 from bundle.scoring import Fusion
-from scripts.choose_fusion import Case, area, choose, combinations, keep
+from scripts.choose_fusion import Case, area, choose, combinations
 from tests.conftest import ROOT, run_here
 
 
@@ -45,16 +44,6 @@ def test_the_fusion_of_the_fewest_maps_is_chosen():
     areas = dict.fromkeys(texts, 0.1) | {"sum of 1 a, 0.5 b": 0.5, "sum of 1 b": 0.499, "maximum of 1 a, 1 b": 0.4995}
     assert str(choose(fusions, areas, 0.002)) == "sum of 1 b"
     assert str(choose(fusions, areas, 0.0)) == "sum of 1 a, 0.5 b"
-
-
-def test_a_fusion_may_lose_little_against_the_best_map_of_a_real_scan():
-    fusions = list(combinations(["a", "b"], [1.0], ["sum"]))
-    alone, other, both = "sum of 1 a", "sum of 1 b", "sum of 1 a, 1 b"
-    scans = [{alone: 0.5, other: 0.2, both: 0.495}, {alone: 0.1, other: 0.3, both: 0.291}]
-    assert [str(fusion) for fusion in keep(fusions, scans, 0.01)] == [both]
-    assert keep(fusions, [], 0.01) == fusions
-    with pytest.raises(InputError, match=r"--check_margin 0\.005: every fusion loses more"):
-        keep(fusions, scans, 0.005)
 
 
 def test_lesions_outside_the_mask_rank_last():
