@@ -1,6 +1,6 @@
 # `make demo` and `make test` first; all make their own environment in .venv. Then:
 #   make infer SCAN=file_or_folder OUT=folder         the shipped weights on your scans
-#   make train DATA=prepared CONTRAST=t1 MODELS=folder               the networks that the contrast's fusion has, and their calibration
+#   make train DATA=prepared CONTRAST=t1 MODELS=folder               its networks, and their calibration
 #   make evaluate DATA=prepared CONTRAST=t1 MODELS=folder OUT=folder
 #   make serve STUDIES=folder                                        MONAI Label on port 8000
 #   make package, make test-label                                    the archive, in build/; the same in MONAI Label
