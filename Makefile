@@ -40,7 +40,6 @@ infer: env
 
 train: env
 	$(RUN) training --config_file configs/train.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
-	$(RUN) training --config_file configs/train_reconstruction.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 	$(RUN) training --config_file configs/train_segmentation.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 	$(RUN) calibration --config_file configs/calibrate.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"
 

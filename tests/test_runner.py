@@ -610,7 +610,7 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
         assert rows[name]["dice"] == pytest.approx(methods[name]["dice_mean"], abs=1e-2)
     assert rows["location"] != figures["filter 0 mm"]["phantoms"]["location"]
     assert 0 <= rows["location"]["recall_at_1_fp"] <= 1
-    fusion = "sum of 1 atlas_z, 0.5 asymmetry, 0.5 location"  # what calibrate.json has for T1w
+    fusion = "sum of 1 atlas_z, 0.5 asymmetry, 1 location"  # what calibrate.json has for T1w
     assert rows[fusion]["auprc"] == pytest.approx(methods["fusion"]["auprc_mean"], abs=1e-3)
     for name in ("location", fusion):
         alarms = figures["filter 3 mm"][f"healthy, held out, {name}"]
