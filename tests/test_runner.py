@@ -449,7 +449,7 @@ def test_evaluation_agrees_with_the_files_of_inference(models, cohort, grid_file
         labels.append(label)
     method = metrics["methods"]["fusion"]
     pooled = average_precision_score(np.concatenate(labels), np.concatenate(scores))
-    assert method["auprc_pooled"] == pytest.approx(pooled, abs=1e-4)  # binned
+    assert method["auprc_pooled"] == pytest.approx(pooled, abs=5e-4)  # binned
     assert method["dice_mean"] == pytest.approx(np.mean(dices), abs=1e-5)
     table = rows(tmp_path / "metrics.csv")
     assert len(table) == 2 * len(methods) and set(table[0]) == {"case", "method", *CASE_METRICS}
@@ -596,7 +596,7 @@ def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, gr
     out = tmp_path / "figures.json"
     command = [sys.executable, ROOT / "scripts/ablation.py", "--ckpt_dir", models, "--healthy", cohort]
     command += ["--test", f"phantoms={cohort}:test", "--filter_mm", "0", "3", "--output", out, "--quantile", 0.99]
-    command += ["--fusion", "sum:atlas_z=1,asymmetry=0.5,location=0.5", "--picture", tmp_path / "maps.png"]
+    command += ["--fusion", "sum:atlas_z=1,asymmetry=0.5,location=1", "--picture", tmp_path / "maps.png"]
     command += ["--set", *(f"{k}={v}" for k, v in GRID.items())]
     said = output_of(run_here(command, tmp_path))
     figures = json.loads(out.read_text())
