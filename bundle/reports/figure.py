@@ -21,7 +21,7 @@ HEAT_RANGE = (1.0, 4.0)
 FOUND_COLOUR, TRUE_COLOUR = "#ff3b30", "#34e36b"
 PLANES = ("sagittal", "coronal", "axial")
 _COLUMNS, _MARGIN_MM = 4, 12.0
-_NO_TICKS = {"xticks": [], "yticks": []}
+_NO_TICKS: dict[str, list[float]] = {"xticks": [], "yticks": []}
 
 
 def heat_scale(score: str, rule: str | None, threshold: float) -> tuple[tuple[float, float], str]:
