@@ -75,8 +75,10 @@ def write_answer(output_dir: Path, name: str, output: Mapping[str, Any], find_le
             told = {k: figures[k] for k in ("score", "threshold") if k in figures}
             _write_segmentation(place("lesion.seg.dcm"), output, told)
         view = View.of_result(output)
-        scale = heat_scale(find_lesions.score, rule, find_lesions.threshold(contrast=contrast))
-        title = f"{name}: {row['lesions']} lesions, {row['lesion_volume_ml']} ml{left_out}{doubt}"
+        threshold = find_lesions.threshold(contrast=contrast)
+        scale = heat_scale(find_lesions.score, rule, threshold)
+        found = f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml, threshold {threshold:.2f}"
+        title = f"{name}: {found}{left_out}{doubt}"
         draw_report(place("report.png"), title, view, figures["lesions"], *scale)
         back = os.path.relpath(output_dir / "report.html", result_path(output_dir, name, "report.html").parent)
         doubts = output.get("flags") or ""

@@ -65,7 +65,7 @@ def test_what_was_not_looked_at_is_told_and_marked(tmp_path, monkeypatch, percen
     monkeypatch.setattr("bundle.reports.answer.draw_report", lambda path, title, *_: titles.append(title))
     row, coverage = written(tmp_path, percent)
     assert row["status"] == "ok" and row["not_examined_percent"] == text
-    assert titles == [f"a: 0 lesions, 0.00 ml{title}"]
+    assert titles == [f"a: 0 lesions, 0.00 ml, threshold 1.00{title}"]
     header, line = (tmp_path / "out/summary.csv").read_text().splitlines()
     assert header == "name,contrast,lesion_volume_ml,lesions,max_score,mean_score,not_examined_percent,seconds,status"
     assert f",{text}," in line
