@@ -127,8 +127,9 @@ def main() -> None:
     chosen = choose(allowed, {str(f): areas[str(f)] for f in allowed}, args.margin)
     order = sorted(areas, key=lambda text: -areas[text])
     alone = [str(fusion) for fusion in fusions if len(fusion.weights) == 1]
-    weights = {name: calibration.fusion.weights[name] for name in names if name in calibration.fusion.weights}
-    used = str(Fusion(calibration.fusion.rule, weights))
+    fusion = calibration.fusion
+    weights = {name: fusion.weights[name] for name in names if name in fusion.weights} if fusion else {}
+    used = str(Fusion(fusion.rule, weights)) if fusion and weights else ""
     columns = ["fusion", "mean AUPRC", *(f"real: {case.person}" for case in real)]
     print(
         f"\n{args.contrast}, {len(cases)} scans with lesions; last line: the fusion of the calibration, where tried\n"

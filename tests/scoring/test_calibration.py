@@ -19,6 +19,7 @@ from bundle.scoring import (
     fit_calibration,
     load_calibration,
     model_file,
+    model_files,
     save_calibration,
 )
 from bundle.scoring.calibration_file import CalibrationFile, model_hash
@@ -300,3 +301,8 @@ def test_the_default_folder_of_models_is_of_one_contrast():
     file = CalibrationFile("./models/calibration_t1.json", "./models/model.pt")
     file._loaded = SimpleNamespace(contrast="t1")
     assert list(file.each()) == ["t1"] and file.load().contrast == "t1"
+
+
+def test_an_unknown_contrast_is_told_as_such(tmp_path):
+    with pytest.raises(InputError, match="--contrast flare is unknown: use t1, t2, flair or auto"):
+        model_files(tmp_path, "flare")
