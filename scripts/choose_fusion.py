@@ -127,15 +127,12 @@ def main() -> None:
     chosen = choose(allowed, {str(f): areas[str(f)] for f in allowed}, args.margin)
     order = sorted(areas, key=lambda text: -areas[text])
     alone = [str(fusion) for fusion in fusions if len(fusion.weights) == 1]
-    fusion = calibration.fusion
-    weights = {name: fusion.weights[name] for name in names if name in fusion.weights} if fusion else {}
-    used = str(Fusion(fusion.rule, weights)) if fusion and weights else ""
+    shipped = calibration.fusion.weights if calibration.fusion else {}
+    used = [fusion for fusion in fusions if fusion.weights == shipped and fusion.rule == calibration.fusion.rule]
     columns = ["fusion", "mean AUPRC", *(f"real: {case.person}" for case in real)]
-    print(
-        f"\n{args.contrast}, {len(cases)} scans with lesions; last line: the fusion of the calibration, where tried\n"
-    )
+    print(f"\n{args.contrast}, {len(cases)} scans with lesions; the calibration's fusion: {calibration.fusion}\n")
     print("\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns))))
-    for text in dict.fromkeys([*order[:10], str(chosen), *alone, *({used} & set(areas))]):
+    for text in dict.fromkeys([*order[:10], *map(str, (chosen, *used)), *alone]):
         print(f"| {' | '.join([text, *(f'{found[text]:.4f}' for found in (areas, *by_scan))])} |")
     print(f'\nchosen: --fusion_rule {chosen.rule} --fusion_weights "{dict(chosen.weights)}"')
     if args.output:

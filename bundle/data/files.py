@@ -22,6 +22,14 @@ CONTRASTS = ("t1", "t2", "flair")
 AUTO = "auto"  # whichever the scan is of; files that are chosen then have it in the place of the contrast
 
 
+def require_contrast(contrast: str) -> None:
+    """Raises:
+    InputError: ``contrast`` is neither one of `CONTRASTS` nor `AUTO`.
+    """
+    if contrast not in (AUTO, *CONTRASTS):
+        raise InputError(f"contrast '{contrast}' is unknown: use {AUTO}, {', '.join(CONTRASTS)}")
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` (same ending); on success it is synced and becomes ``path``, on failure

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bundle.data.files import AUTO, CONTRASTS, model_file
-from bundle.errors import InputError
+from bundle.data.files import model_file, require_contrast
 from bundle.transforms.normative import normative_file
 
 # maps that are made with a file of their own
@@ -27,8 +26,7 @@ def model_files(ckpt_dir: str | Path, contrast: str) -> dict[str, str]:
     Raises:
         InputError: another contrast.
     """
-    if contrast not in (*CONTRASTS, AUTO):
-        raise InputError(f"--contrast {contrast} is unknown: use {', '.join(CONTRASTS)} or {AUTO}")
+    require_contrast(contrast)
     files = {"model": model_file(ckpt_dir, contrast), "normative": normative_file(ckpt_dir, contrast)}
     files |= {kind: f"{ckpt_dir}/{kind}_{contrast}.json" for kind in ("landmarks", "calibration")}
     return files | {part: part_file(part, ckpt_dir, contrast) for part in PARTS}

@@ -12,7 +12,7 @@ from monai.transforms import MapTransform
 from scipy.stats import spearmanr
 
 from bundle.data.dicom import named_contrast
-from bundle.data.files import AUTO, CONTRASTS, calibrated_contrasts
+from bundle.data.files import AUTO, calibrated_contrasts, require_contrast
 from bundle.data.formats import stem
 from bundle.errors import InputError, flag
 
@@ -67,8 +67,7 @@ class TellContrastd(MapTransform):
 
     def __init__(self, keys: KeysCollection, contrast: str, ckpt_dir: str | Path, mask_key: str = "brain_mask") -> None:
         super().__init__(keys)
-        if contrast not in (AUTO, *CONTRASTS):
-            raise InputError(f"contrast '{contrast}' is unknown: use {AUTO}, {', '.join(CONTRASTS)}")
+        require_contrast(contrast)
         self.contrast, self.ckpt_dir, self.mask_key = contrast, ckpt_dir, mask_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -304,5 +304,5 @@ def test_the_default_folder_of_models_is_of_one_contrast():
 
 
 def test_an_unknown_contrast_is_told_as_such(tmp_path):
-    with pytest.raises(InputError, match="--contrast flare is unknown: use t1, t2, flair or auto"):
+    with pytest.raises(InputError, match="contrast 'flare' is unknown: use auto, t1, t2, flair"):
         model_files(tmp_path, "flare")
