@@ -6,33 +6,23 @@ change that the lesion makes is known to the voxel, and is followed from step to
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from scipy import ndimage
 
-MARGIN_MM = 4.0  # interpolation to 2 mm spreads a lesion this far
 SHELL_MM = (6.0, 15.0)
 
 
-class Places(NamedTuple):
-    """Where a lesion is looked for, and what surrounds it: ``[X, Y, Z]`` bool each."""
-
-    region: np.ndarray
-    shell: np.ndarray
-
-
-def places_of(soft: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> Places:
-    """A lesion with a margin of 4 mm, which collects what interpolation spreads, and the brain from 6 to 15 mm from it.
+def shell_of(soft: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """What surrounds a lesion: the brain from 6 to 15 mm from it, ``[X, Y, Z]`` bool.
 
     Args:
         soft: share of lesion in every voxel, ``[X, Y, Z]``; what has less than a hundredth is none.
-        inside: brain, bool; the region may lie outside it, the shell does not.
+        inside: brain, bool.
         affine: voxels to mm.
     """
     voxel = np.linalg.norm(affine[:3, :3], axis=0)
     distance = ndimage.distance_transform_edt(soft < 0.01, sampling=voxel)
-    return Places(distance <= MARGIN_MM, inside & (distance >= SHELL_MM[0]) & (distance <= SHELL_MM[1]))
+    return inside & (distance >= SHELL_MM[0]) & (distance <= SHELL_MM[1])
 
 
 def robust_spread(values: np.ndarray) -> float:
@@ -50,9 +40,12 @@ def planted_contrast(
 ) -> float:
     """Contrast of a planted lesion to its surroundings, in spreads of the healthy twin's brain.
 
-    The change (planted minus twin) that exceeds the mean change of the surroundings is summed over the lesion and its
-    margin, and divided by the lesion's volume (the sum of ``soft``). Voxels that are not ``inside`` any more add
-    nothing but still count as lesion: they are lost. Any linear scale of the intensities gives the same.
+    The change (planted minus twin) that exceeds the mean change of the surroundings is weighted by the lesion's share
+    of each voxel: ``sum(soft * change) / sum(soft ** 2)``, the factor on ``soft`` that fits it best. So voxels that
+    hold half a lesion, after resampling say, take nothing from the contrast, blurring does, and a field that darkens a
+    lesion and its neighbourhood a little counts for that little, however thinly the lesions are spread. Voxels that are
+    not ``inside`` any more add nothing but still count as lesion: they are lost. Any linear scale of the intensities
+    gives the same.
 
     Args:
         planted, twin: ``[X, Y, Z]``.
@@ -66,11 +59,12 @@ def planted_contrast(
     """
     if not soft.any():
         return float("nan")
-    places = places_of(soft, inside, affine)
+    shell = shell_of(soft, inside, affine)
     change = planted.astype(np.float64) - twin
-    around = change[places.shell].mean() if places.shell.any() else 0.0
-    total = (change - around)[places.region & inside].sum()
-    return float(total / soft.sum(dtype=np.float64) / (robust_spread(twin[inside]) if spread is None else spread))
+    around = change[shell].mean() if shell.any() else 0.0
+    share = soft.astype(np.float64)
+    factor = (share * (change - around))[inside].sum() / (share**2).sum()
+    return float(factor / (robust_spread(twin[inside]) if spread is None else spread))
 
 
 def real_contrast(image: np.ndarray, lesion: np.ndarray, inside: np.ndarray, affine: np.ndarray) -> float:
@@ -82,7 +76,7 @@ def real_contrast(image: np.ndarray, lesion: np.ndarray, inside: np.ndarray, aff
         lesion, inside: bool.
         affine: voxels to mm.
     """
-    shell = places_of(lesion.astype(np.float32), inside, affine).shell
+    shell = shell_of(lesion.astype(np.float32), inside, affine)
     if not (lesion & inside).any() or not shell.any():
         return float("nan")
     return float((image[lesion & inside].mean() - image[shell].mean()) / robust_spread(image[inside & ~lesion]))

@@ -105,6 +105,24 @@ def difference_fit(log: np.ndarray, usable: np.ndarray, basis: np.ndarray, expec
     return found[: basis.shape[-1]]
 
 
+def usual_neighbourhoods(residual: np.ndarray, usable: np.ndarray, sigma: float) -> np.ndarray:
+    """Where the mean of a neighbourhood is no further from the median one than 1.5 robust standard deviations: single
+    voxels of a faint lesion may look healthy, what surrounds them does not.
+
+    Args:
+        residual: what is not as expected, ``[x, y, z]``; 0 where it is not ``usable``.
+        usable: ``[x, y, z]`` bool.
+        sigma: of the neighbourhood, a Gaussian, in voxels.
+
+    Returns:
+        ``[x, y, z]`` bool, within ``usable``.
+    """
+    share = gaussian_filter(usable.astype(float), sigma)
+    around = gaussian_filter(residual, sigma) / np.maximum(share, 1e-3)
+    middle, deviation = _median_and_deviation(around[usable])
+    return usable & (np.abs(around - middle) <= _UNUSUAL * (1.4826 * deviation + 1e-6))
+
+
 def usual_places(even: np.ndarray, usable: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Where a scan is as bright as the rest of it lets expect, over 6 mm: a large lesion is not.
 
@@ -121,12 +139,9 @@ def usual_places(even: np.ndarray, usable: np.ndarray, expected: np.ndarray) -> 
         residual = values - columns @ _weighted_fit(columns, values, weight)
         spread = 1.4826 * np.median(np.abs(residual)) + 1e-6
         weight = _biweight(residual, 3 * spread)
-    around = np.zeros_like(even)
-    around[usable] = residual.clip(-4 * spread, 4 * spread)
-    share = gaussian_filter(usable.astype(float), _AROUND_MM / _LATTICE_MM)
-    around = gaussian_filter(around, _AROUND_MM / _LATTICE_MM) / np.maximum(share, 1e-3)
-    middle, deviation = _median_and_deviation(around[usable])
-    return usable & (np.abs(around - middle) <= _UNUSUAL * (1.4826 * deviation + 1e-6))
+    unexpected = np.zeros_like(even)
+    unexpected[usable] = residual.clip(-4 * spread, 4 * spread)
+    return usual_neighbourhoods(unexpected, usable, _AROUND_MM / _LATTICE_MM)
 
 
 def class_fit(log: np.ndarray, basis: np.ndarray) -> np.ndarray:

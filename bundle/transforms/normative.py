@@ -23,6 +23,8 @@ from bundle.data.population import coarse_affine, coarsen, coarsening, populatio
 from bundle.errors import InputError
 from bundle.parallel import is_main
 
+from .bias import usual_neighbourhoods
+
 # sign of the intensity change that most lesions show
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # brightness between which a difference tells: fluid is darker on T1w, and brighter on T2w, than most lesions, so that
@@ -35,6 +37,8 @@ _INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 8
 # which of a scan's quantiles are taken for the ends of its healthy tissue at first: all, or all but a large lesion,
 # bright or dark; the start that ends with the most inliers is kept
 _STARTS = ((0.05, 0.95), (0.05, 0.7), (0.3, 0.95))
+# how often unusual neighbourhoods are left out anew, of which width, on which lattice; voxels count so many spreads
+_LOOKS, _AROUND_MM, _LATTICE_MM, _FAR = 3, 8.0, 4.0, 4.0
 # a normal distribution in five equal parts
 _NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
 # of the subjects that must have brain at a place before it counts
@@ -78,45 +82,57 @@ class NormativeMap:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.
 
         What looks healthy are voxels within 2.5 spreads of the mean of their place; their 15th and 85th percentile are
-        brought to those that such voxels are expected to have, and both is repeated. So a lesion counts for nothing,
-        however large, where percentiles of the whole brain follow it.
+        brought to those that such voxels are expected to have, and both is repeated. Of a large lesion that is not much
+        brighter than healthy tissue many voxels look healthy each on its own, so then places are left out whose
+        neighbourhood, over 8 mm, is unusual, and the rest is matched again. So a lesion counts for nothing, however
+        large, where percentiles of the whole brain follow it.
 
         Args:
             image: ``[1, H, W, D]``, on the scale of the mean more or less (scaled by percentiles).
             inside: ``[1, H, W, D]`` bool.
         """
-        maps = self.on(image.shape[1:])
-        known = inside.cpu() & (maps[2] >= _LEAST_SHARE)
-        # fifty thousand voxels tell two quantiles as well as millions
-        thin = max(1, int(known.sum()) // 50_000)
-        values, mean, spread = (v.cpu()[known][::thin].double().numpy() for v in (image, maps[0], maps[1]))
-        if not len(values):
+        grid, maps = self.facts["grid"], self.on(image.shape[1:])
+        spacing = grid["spacing"] * grid["spatial_size"][0] / image.shape[1]
+        # on a lattice of 4 mm: an eighth of the voxels tells two quantiles as well
+        step = max(1, round(_LATTICE_MM / spacing))
+        sparse = (0, *(slice(None, None, step),) * 3)
+        known = (inside.cpu() & (maps[2] >= _LEAST_SHARE))[sparse].numpy()
+        volume, mean, spread = (v.cpu()[sparse].double().numpy() for v in (image, *maps[:2]))
+        if not known.any():
             return image
-        tried = [self._match(values, mean, spread, *window) for window in _STARTS]
-        _, slope, offset = max(tried, key=lambda found: found[0])
-        return slope * image + offset
+        brain = values, expected, _ = volume[known], mean[known], spread[known]
+        likely = np.quantile(expected, [0.05, 0.95])
+        starts = [_scale(np.quantile(values, window), likely) for window in _STARTS]
+        inliers, scale = max((_settle(*brain, start) for start in starts), key=lambda found: found[0])
+        if not inliers:  # nothing in it is like healthy people; CheckLikenessd tells
+            return image
+        for _ in range(_LOOKS):
+            unexpected = ((scale[0] * volume + scale[1] - mean) / spread).clip(-_FAR, _FAR) * known
+            usual = usual_neighbourhoods(unexpected, known, _AROUND_MM / (step * spacing))[known]
+            scale = _settle(*(v[usual] for v in brain), scale)[1]
+        return scale[0] * image + scale[1]
 
-    @staticmethod
-    def _match(
-        values: np.ndarray, mean: np.ndarray, spread: np.ndarray, low: float, high: float
-    ) -> tuple[int, float, float]:
-        """Number of inliers, slope and offset, from a start at which the quantiles ``low`` and ``high`` of the scan are
-        those that its least and most bright healthy tissue has.
-        """
-        own, likely = np.quantile(values, [low, high]), np.quantile(mean, [0.05, 0.95])
-        healthy = np.zeros(len(values), bool)
-        slope, offset = 1.0, 0.0
-        for _ in range(_ROUNDS):
-            if own[1] - own[0] < 1e-6:  # nothing in it is like healthy people; CheckLikenessd tells
-                return 0, 1.0, 0.0
-            slope = float((likely[1] - likely[0]) / (own[1] - own[0]))
-            offset = float(likely[0] - slope * own[0])
-            healthy = np.abs(slope * values + offset - mean) < _INLIERS * spread
-            if healthy.sum() < 100:
-                return 0, 1.0, 0.0
-            own = np.quantile(values[healthy], _QUANTILES)
-            likely = np.quantile(mean[healthy] + spread[healthy] * _NORMAL[:, None], _QUANTILES)
-        return int(healthy.sum()), slope, offset
+
+def _scale(own: np.ndarray, likely: np.ndarray) -> tuple[float, float]:
+    """Slope and offset that bring two brightnesses of a scan to two others."""
+    slope = float((likely[1] - likely[0]) / max(own[1] - own[0], 1e-6))
+    return slope, float(likely[0] - slope * own[0])
+
+
+def _settle(
+    values: np.ndarray, mean: np.ndarray, spread: np.ndarray, start: tuple[float, float]
+) -> tuple[int, tuple[float, float]]:
+    """How many voxels look healthy once a scale is matched to those that do, and that scale, from another to start
+    with; 0 and the start if there are too few.
+    """
+    healthy, scale = np.zeros(len(values), bool), start
+    for _ in range(_ROUNDS):
+        healthy = np.abs(scale[0] * values + scale[1] - mean) < _INLIERS * spread
+        if healthy.sum() < 100:
+            return 0, start
+        likely = np.quantile(mean[healthy] + spread[healthy] * _NORMAL[:, None], _QUANTILES)
+        scale = _scale(np.quantile(values[healthy], _QUANTILES), likely)
+    return int(healthy.sum()), scale
 
 
 def _on(maps: Sequence[torch.Tensor], shape: Sequence[int]) -> Sequence[torch.Tensor]:

@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from bundle.metrics.retention import (
-    places_of,
     planted_contrast,
     real_contrast,
     robust_spread,
     shading_removed,
+    shell_of,
     variation,
 )
 from bundle.synthesis import average_slices
@@ -57,12 +58,23 @@ def test_what_averaging_spreads_is_collected(brain):
     assert planted_contrast(*thick[:3], thick[3] > 0.5, affine, 1.0) == pytest.approx(20)
 
 
-def test_places_are_told_in_mm(brain):
+def test_a_smooth_change_counts_for_what_it_is_however_thin_the_lesion(brain):
+    """A field that darkens the middle of the brain by a hundredth takes a twentieth of a contrast of 20 there."""
+    inside, twin, _ = brain
+    soft = np.zeros(inside.shape)
+    soft[12:18:3, 12:18:3, 12:18:3] = 1  # eight single voxels
+    planted = twin + 20 * soft
+    darker = np.where(shell_of(soft, inside, AFFINE), 1.0, 0.99)
+    expected = 20 - 0.01 * (twin + 20)[soft > 0].mean()
+    assert planted_contrast(planted * darker, twin, soft, inside, AFFINE, 1.0) == pytest.approx(expected, rel=0.02)
+    blurred = twin + 20 * ndimage.gaussian_filter(soft, 1.0)  # which does take contrast away
+    assert 0 < planted_contrast(blurred, twin, soft, inside, AFFINE, 1.0) < 5
+
+
+def test_the_surroundings_are_told_in_mm(brain):
     inside, _, soft = brain
-    places = places_of(soft, inside, AFFINE)
-    line = places.region[:, 15, 15], places.shell[:, 15, 15]
-    assert list(np.flatnonzero(line[0])) == list(range(11, 19))  # 4 mm on both sides
-    assert list(np.flatnonzero(line[1])) == [*range(6, 11), *range(19, 24)]  # 6 to 14 mm
+    line = shell_of(soft, inside, AFFINE)[:, 15, 15]
+    assert list(np.flatnonzero(line)) == [*range(6, 11), *range(19, 24)]  # 6 to 14 mm
 
 
 def test_real_lesions_shading_and_variation(brain):
