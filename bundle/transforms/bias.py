@@ -105,9 +105,9 @@ def difference_fit(log: np.ndarray, usable: np.ndarray, basis: np.ndarray, expec
     return found[: basis.shape[-1]]
 
 
-def usual_neighbourhoods(residual: np.ndarray, usable: np.ndarray, sigma: float) -> np.ndarray:
-    """Where the mean of a neighbourhood is no further from the median one than 1.5 robust standard deviations: single
-    voxels of a faint lesion may look healthy, what surrounds them does not.
+def neighbourhood_deviation(residual: np.ndarray, usable: np.ndarray, sigma: float) -> np.ndarray:
+    """How many robust standard deviations the mean of each neighbourhood lies above the median one: single voxels of a
+    faint lesion may look healthy, what surrounds them does not.
 
     Args:
         residual: what is not as expected, ``[x, y, z]``; 0 where it is not ``usable``.
@@ -115,12 +115,12 @@ def usual_neighbourhoods(residual: np.ndarray, usable: np.ndarray, sigma: float)
         sigma: of the neighbourhood, a Gaussian, in voxels.
 
     Returns:
-        ``[x, y, z]`` bool, within ``usable``.
+        ``[x, y, z]``; of no meaning where it is not ``usable``.
     """
     share = gaussian_filter(usable.astype(float), sigma)
     around = gaussian_filter(residual, sigma) / np.maximum(share, 1e-3)
     middle, deviation = _median_and_deviation(around[usable])
-    return usable & (np.abs(around - middle) <= _UNUSUAL * (1.4826 * deviation + 1e-6))
+    return (around - middle) / (1.4826 * deviation + 1e-6)
 
 
 def usual_places(even: np.ndarray, usable: np.ndarray, expected: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ def usual_places(even: np.ndarray, usable: np.ndarray, expected: np.ndarray) -> 
         weight = _biweight(residual, 3 * spread)
     unexpected = np.zeros_like(even)
     unexpected[usable] = residual.clip(-4 * spread, 4 * spread)
-    return usual_neighbourhoods(unexpected, usable, _AROUND_MM / _LATTICE_MM)
+    return usable & (np.abs(neighbourhood_deviation(unexpected, usable, _AROUND_MM / _LATTICE_MM)) <= _UNUSUAL)
 
 
 def class_fit(log: np.ndarray, basis: np.ndarray) -> np.ndarray:

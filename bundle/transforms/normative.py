@@ -23,7 +23,7 @@ from bundle.data.population import coarse_affine, coarsen, coarsening, populatio
 from bundle.errors import InputError
 from bundle.parallel import is_main
 
-from .bias import usual_neighbourhoods
+from .bias import neighbourhood_deviation
 
 # sign of the intensity change that most lesions show
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
@@ -37,8 +37,9 @@ _INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 8
 # which of a scan's quantiles are taken for the ends of its healthy tissue at first: all, or all but a large lesion,
 # bright or dark; the start that ends with the most inliers is kept
 _STARTS = ((0.05, 0.95), (0.05, 0.7), (0.3, 0.95))
-# how often unusual neighbourhoods are left out anew, of which width, on which lattice; voxels count so many spreads
-_LOOKS, _AROUND_MM, _LATTICE_MM, _FAR = 3, 8.0, 4.0, 4.0
+# how often unusual neighbourhoods are left out anew, of which width and limit, on which lattice; a voxel counts so many
+# spreads at most
+_LOOKS, _AROUND_MM, _UNUSUAL, _LATTICE_MM, _FAR = 3, 8.0, 2.5, 4.0, 4.0
 # a normal distribution in five equal parts
 _NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
 # of the subjects that must have brain at a place before it counts
@@ -82,10 +83,11 @@ class NormativeMap:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.
 
         What looks healthy are voxels within 2.5 spreads of the mean of their place; their 15th and 85th percentile are
-        brought to those that such voxels are expected to have, and both is repeated. Of a large lesion that is not much
-        brighter than healthy tissue many voxels look healthy each on its own, so then places are left out whose
-        neighbourhood, over 8 mm, is unusual, and the rest is matched again. So a lesion counts for nothing, however
-        large, where percentiles of the whole brain follow it.
+        brought to those that such voxels are expected to have, and both is repeated. Of a large, faint lesion many voxels
+        look healthy each on its own; so places are left out then whose neighbourhood, over 8 mm, lies more than 2.5
+        robust standard deviations to the lesions' side (a stricter limit leaves out the fluid that tells the scale), and
+        the rest is matched again. So a lesion counts for next to nothing, however large, where percentiles of the whole
+        brain follow it.
 
         Args:
             image: ``[1, H, W, D]``, on the scale of the mean more or less (scaled by percentiles).
@@ -101,15 +103,15 @@ class NormativeMap:
         if not known.any():
             return image
         brain = values, expected, _ = volume[known], mean[known], spread[known]
-        likely = np.quantile(expected, [0.05, 0.95])
+        likely, sign = np.quantile(expected, [0.05, 0.95]), LESION_SIGN[self.facts["contrast"]]
         starts = [_scale(np.quantile(values, window), likely) for window in _STARTS]
         inliers, scale = max((_settle(*brain, start) for start in starts), key=lambda found: found[0])
         if not inliers:  # nothing in it is like healthy people; CheckLikenessd tells
             return image
         for _ in range(_LOOKS):
             unexpected = ((scale[0] * volume + scale[1] - mean) / spread).clip(-_FAR, _FAR) * known
-            usual = usual_neighbourhoods(unexpected, known, _AROUND_MM / (step * spacing))[known]
-            scale = _settle(*(v[usual] for v in brain), scale)[1]
+            deviation = neighbourhood_deviation(unexpected, known, _AROUND_MM / (step * spacing))[known]
+            scale = _settle(*(v[sign * deviation <= _UNUSUAL] for v in brain), scale)[1]
         return scale[0] * image + scale[1]
 
 

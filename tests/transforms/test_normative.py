@@ -67,10 +67,10 @@ def test_a_lesion_of_a_fifth_of_the_brain_does_not_move_the_rest(normative, anat
     assert brightness < 100 or by_percentiles.mean() > 3 * moved.mean()
 
 
-def test_a_faint_lesion_of_a_fifth_of_the_brain_moves_little(normative, anatomy, brain, monkeypatch):
+def test_a_faint_lesion_of_a_sixth_of_the_brain_moves_the_rest_little(normative, anatomy, brain, monkeypatch):
     """Voxel by voxel it looks healthy: less than two spreads from its place's mean. What surrounds it does not."""
     image = person(anatomy, brain, 99)
-    lesion = ellipsoid(SHAPE, (7, 8, 6), (14, 15, 10)) * brain > 0
+    lesion = ellipsoid(SHAPE, (6, 7, 5), (14, 15, 10)) * brain > 0
     rest, planted = (brain > 0) & ~lesion, image + 45 * lesion  # the noise of a person is 25
 
     def moved():
@@ -78,7 +78,7 @@ def test_a_faint_lesion_of_a_fifth_of_the_brain_moves_little(normative, anatomy,
 
     with_neighbourhoods = moved()
     monkeypatch.setattr("bundle.transforms.normative._LOOKS", 0)
-    assert with_neighbourhoods < 0.5 * moved() and with_neighbourhoods < 0.01
+    assert with_neighbourhoods < 0.3 * moved() and with_neighbourhoods < 0.01
 
 
 def test_units_do_not_matter_and_twice_is_once(normative, anatomy, brain):
