@@ -19,7 +19,7 @@ from bundle.data.own_volume import own_voxel_mm3
 from bundle.data.population import coarse_affine, coarsen, coarsening, population_maps
 from bundle.errors import InputError
 from bundle.shards import Records
-from bundle.transforms.normative import MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
+from bundle.transforms.normative import MATCHING, MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
 
 from .anomaly import smooth_inside
 from .calibration_file import map_hashes, model_hash, save_calibration
@@ -208,6 +208,7 @@ class FitCalibration:
         maps = {name: [scan[name] for scan in scans] for name in self.maps if all(name in scan for scan in scans)}
         provenance = {
             "chain": CHAIN,
+            "matching": MATCHING,
             "model_sha256": model_hash(self.model_file, self.contrast),
             **map_hashes(self.model_file, self.contrast),
             "grid": self.grid,

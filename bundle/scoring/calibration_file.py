@@ -17,7 +17,7 @@ from bundle.data.datalist import CHAIN
 from bundle.data.files import CONTRASTS, calibrated_contrasts, file_hash, of_contrast, read_json, write_json
 from bundle.data.population import read_maps, write_maps
 from bundle.errors import InputError
-from bundle.transforms.normative import load_normative, normative_file
+from bundle.transforms.normative import MATCHING, load_normative, normative_file
 
 from .fusion import Fusion, replaced
 from .model_files import PARTS, part_file
@@ -104,7 +104,7 @@ def load_calibration(
     content = read_json(path, f"calibration (make it with: run calibration --ckpt_dir {Path(path).parent}{known})")
     try:
         about = content["provenance"]
-        if about.get("chain") != CHAIN:
+        if (about.get("chain"), about.get("matching")) != (CHAIN, MATCHING):
             raise InputError(f"{path}: made by an older version; run the calibration again (docs/README.md)")
         if about["model_sha256"] != model_hash(model_file, content["contrast"]):
             raise InputError(

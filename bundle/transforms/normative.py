@@ -25,6 +25,8 @@ from bundle.parallel import is_main
 
 from .bias import neighbourhood_deviation
 
+# version of `NormativeMap.match`: another one scales scans otherwise, so a calibration holds for one only
+MATCHING = 2
 # sign of the intensity change that most lesions show
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # brightness between which a difference tells: fluid is darker on T1w, and brighter on T2w, than most lesions, so that
@@ -83,11 +85,11 @@ class NormativeMap:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.
 
         What looks healthy are voxels within 2.5 spreads of the mean of their place; their 15th and 85th percentile are
-        brought to those that such voxels are expected to have, and both is repeated. Of a large, faint lesion many voxels
-        look healthy each on its own; so places are left out then whose neighbourhood, over 8 mm, lies more than 2.5
-        robust standard deviations to the lesions' side (a stricter limit leaves out the fluid that tells the scale), and
-        the rest is matched again. So a lesion counts for next to nothing, however large, where percentiles of the whole
-        brain follow it.
+        brought to those that such voxels are expected to have, and both is repeated. Of a large, faint lesion many
+        voxels look healthy each on its own; so places are left out then whose neighbourhood, over 8 mm, lies more than
+        2.5 robust standard deviations to the lesions' side (a stricter limit leaves out the fluid that tells the
+        scale), and the rest is matched again. So a lesion counts for next to nothing, however large, where percentiles
+        of the whole brain follow it.
 
         Args:
             image: ``[1, H, W, D]``, on the scale of the mean more or less (scaled by percentiles).
@@ -102,16 +104,19 @@ class NormativeMap:
         volume, mean, spread = (v.cpu()[sparse].double().numpy() for v in (image, *maps[:2]))
         if not known.any():
             return image
-        brain = values, expected, _ = volume[known], mean[known], spread[known]
+        values, expected, spreads = volume[known], mean[known], spread[known]
         likely, sign = np.quantile(expected, [0.05, 0.95]), LESION_SIGN[self.facts["contrast"]]
         starts = [_scale(np.quantile(values, window), likely) for window in _STARTS]
-        inliers, scale = max((_settle(*brain, start) for start in starts), key=lambda found: found[0])
+        inliers, scale = max(
+            (_settle(values, expected, spreads, start) for start in starts), key=lambda found: found[0]
+        )
         if not inliers:  # nothing in it is like healthy people; CheckLikenessd tells
             return image
         for _ in range(_LOOKS):
             unexpected = ((scale[0] * volume + scale[1] - mean) / spread).clip(-_FAR, _FAR) * known
             deviation = neighbourhood_deviation(unexpected, known, _AROUND_MM / (step * spacing))[known]
-            scale = _settle(*(v[sign * deviation <= _UNUSUAL] for v in brain), scale)[1]
+            usual = sign * deviation <= _UNUSUAL
+            scale = _settle(values[usual], expected[usual], spreads[usual], scale)[1]
         return scale[0] * image + scale[1]
 
 

@@ -25,6 +25,7 @@ from bundle.scoring import (
 from bundle.scoring.calibration_file import CalibrationFile, model_hash
 from bundle.scoring.scores import OWN_MAPS, raw_maps, within_scan
 from bundle.transforms import NormativeMap, fit_normative
+from bundle.transforms.normative import MATCHING
 from tests.conftest import ellipsoid
 
 SHAPE = (14, 16, 10)
@@ -234,7 +235,8 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
     other.write_bytes(b"others")
     grid = {"spacing": 2.0, "spatial_size": list(SHAPE), "center": [0.0, 0.0, 0.0]}
     fit_normative([{"image": MetaTensor(image)} for image in healthy[1]], tmp_path / "normative_t1.json", "t1", grid)
-    about = {**calibration.provenance, "chain": CHAIN, "model_sha256": model_hash(model, "t1"), "grid": grid}
+    versions = {"chain": CHAIN, "matching": MATCHING}
+    about = {**calibration.provenance, **versions, "model_sha256": model_hash(model, "t1"), "grid": grid}
     bound = replace(calibration, provenance=about)
     path = tmp_path / "calibration_t1.json"
     save_calibration(bound, path, np.eye(4))
@@ -247,9 +249,10 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
     torch.testing.assert_close(loaded.intensity_z(image), calibration.intensity_z(image), atol=2e-2, rtol=2e-2)
     with pytest.raises(InputError, match="another model"):
         load_calibration(path, other)
-    save_calibration(replace(bound, provenance={**about, "chain": CHAIN - 1}), tmp_path / "old.json", np.eye(4))
-    with pytest.raises(InputError, match="older version; run the calibration again"):
-        load_calibration(tmp_path / "old.json", model, grid)
+    for version, current in versions.items():
+        save_calibration(replace(bound, provenance={**about, version: current - 1}), tmp_path / "old.json", np.eye(4))
+        with pytest.raises(InputError, match="older version; run the calibration again"):
+            load_calibration(tmp_path / "old.json", model, grid)
     (tmp_path / "landmarks_t2.json").write_text("{}")  # of another contrast
     assert load_calibration(path, model).quantiles == calibration.quantiles
     (tmp_path / "landmarks_t1.json").write_text("{}")
