@@ -35,12 +35,12 @@ TELLING = {"t1": (0.35, 10.0), "t2": (0.0, 0.9)}
 # smoothing of mean and spread: more spreads cortex over white matter (docs/results.md)
 MEAN_MM, SPREAD_MM = 1.0, 1.6
 # voxels within so many spreads of what is expected at their place are taken for healthy, and their quantiles matched
-_INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 8
+_INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 7
 # which of a scan's quantiles are taken for the ends of its healthy tissue at first: all, or all but a large lesion,
 # bright or dark; the start that ends with the most inliers is kept
 _STARTS = ((0.05, 0.95), (0.05, 0.7), (0.3, 0.95))
-# how often unusual neighbourhoods are left out anew, of which width and limit, on which lattice; a voxel counts so many
-# spreads at most
+# how often the match is made again without unusual neighbourhoods, their width and limit, on which lattice; a voxel
+# counts so many spreads at most
 _LOOKS, _AROUND_MM, _UNUSUAL, _LATTICE_MM, _FAR = 3, 8.0, 2.5, 4.0, 4.0
 # a normal distribution in five equal parts
 _NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
@@ -86,10 +86,10 @@ class NormativeMap:
 
         What looks healthy are voxels within 2.5 spreads of the mean of their place; their 15th and 85th percentile are
         brought to those that such voxels are expected to have, and both is repeated. Of a large, faint lesion many
-        voxels look healthy each on its own; so places are left out then whose neighbourhood, over 8 mm, lies more than
-        2.5 robust standard deviations to the lesions' side (a stricter limit leaves out the fluid that tells the
-        scale), and the rest is matched again. So a lesion counts for next to nothing, however large, where percentiles
-        of the whole brain follow it.
+        voxels look healthy each on its own; so the match is made again without the places whose neighbourhood, over
+        8 mm, lies more than 2.5 robust standard deviations to the lesions' side (a stricter limit leaves out the fluid
+        that tells the scale). So a lesion counts for next to nothing, however large, where percentiles of the whole
+        brain follow it.
 
         Args:
             image: ``[1, H, W, D]``, on the scale of the mean more or less (scaled by percentiles).
@@ -105,41 +105,40 @@ class NormativeMap:
         if not known.any():
             return image
         values, expected, spreads = volume[known], mean[known], spread[known]
-        likely, sign = np.quantile(expected, [0.05, 0.95]), LESION_SIGN[self.facts["contrast"]]
-        starts = [_scale(np.quantile(values, window), likely) for window in _STARTS]
-        inliers, scale = max(
-            (_settle(values, expected, spreads, start) for start in starts), key=lambda found: found[0]
-        )
-        if not inliers:  # nothing in it is like healthy people; CheckLikenessd tells
-            return image
-        for _ in range(_LOOKS):
-            unexpected = ((scale[0] * volume + scale[1] - mean) / spread).clip(-_FAR, _FAR) * known
+        sign, usual, found = LESION_SIGN[self.facts["contrast"]], np.ones(len(values), bool), (1.0, 0.0)
+        for _ in range(1 + _LOOKS):
+            scale = _healthy_scale(values[usual], expected[usual], spreads[usual])
+            if scale is None:  # nothing in it is like healthy people; CheckLikenessd tells
+                break
+            found = scale
+            unexpected = ((found[0] * volume + found[1] - mean) / spread).clip(-_FAR, _FAR) * known
             deviation = neighbourhood_deviation(unexpected, known, _AROUND_MM / (step * spacing))[known]
             usual = sign * deviation <= _UNUSUAL
-            scale = _settle(values[usual], expected[usual], spreads[usual], scale)[1]
-        return scale[0] * image + scale[1]
+        return found[0] * image + found[1]
+
+
+def _healthy_scale(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tuple[float, float] | None:
+    """Slope and offset that bring what looks healthy of a scan to what is expected there, from the one of `_STARTS`
+    that ends with the most voxels that look healthy; None if from none of them a hundred do.
+    """
+    best, scale, ends = 0, None, np.quantile(mean, [0.05, 0.95])
+    for window in _STARTS:
+        healthy, (slope, offset) = np.zeros(len(values), bool), _scale(np.quantile(values, window), ends)
+        for _ in range(_ROUNDS):
+            healthy = np.abs(slope * values + offset - mean) < _INLIERS * spread
+            if healthy.sum() < 100:
+                break
+            likely = np.quantile(mean[healthy] + spread[healthy] * _NORMAL[:, None], _QUANTILES)
+            slope, offset = _scale(np.quantile(values[healthy], _QUANTILES), likely)
+        if healthy.sum() > max(best, 99):
+            best, scale = int(healthy.sum()), (slope, offset)
+    return scale
 
 
 def _scale(own: np.ndarray, likely: np.ndarray) -> tuple[float, float]:
     """Slope and offset that bring two brightnesses of a scan to two others."""
     slope = float((likely[1] - likely[0]) / max(own[1] - own[0], 1e-6))
     return slope, float(likely[0] - slope * own[0])
-
-
-def _settle(
-    values: np.ndarray, mean: np.ndarray, spread: np.ndarray, start: tuple[float, float]
-) -> tuple[int, tuple[float, float]]:
-    """How many voxels look healthy once a scale is matched to those that do, and that scale, from another to start
-    with; 0 and the start if there are too few.
-    """
-    healthy, scale = np.zeros(len(values), bool), start
-    for _ in range(_ROUNDS):
-        healthy = np.abs(scale[0] * values + scale[1] - mean) < _INLIERS * spread
-        if healthy.sum() < 100:
-            return 0, start
-        likely = np.quantile(mean[healthy] + spread[healthy] * _NORMAL[:, None], _QUANTILES)
-        scale = _scale(np.quantile(values[healthy], _QUANTILES), likely)
-    return int(healthy.sum()), scale
 
 
 def _on(maps: Sequence[torch.Tensor], shape: Sequence[int]) -> Sequence[torch.Tensor]:
