@@ -41,7 +41,7 @@ _INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 7
 _STARTS = ((0.05, 0.95), (0.05, 0.7), (0.3, 0.95))
 # how often the match is made again without unusual neighbourhoods, their width and limit, on which lattice; a voxel
 # counts so many spreads at most
-_LOOKS, _AROUND_MM, _UNUSUAL, _LATTICE_MM, _FAR = 3, 8.0, 2.5, 4.0, 4.0
+_LOOKS, _AROUND_MM, _UNUSUAL, _LATTICE_MM, _FAR = 2, 8.0, 2.5, 4.0, 4.0
 # a normal distribution in five equal parts
 _NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
 # of the subjects that must have brain at a place before it counts
