@@ -126,7 +126,7 @@ class BrainMaskd(MapTransform):
             mask = self._given(d[self.mask_key], image)
             file = d[self.mask_key].meta.get("filename_or_obj", name)
             problem = f"{file}: empty on the grid of {name}"
-            _check_given(mask, image, file)
+            _check_given(mask, image, file, 2 * _LARGEST_BRAIN_ML if d.get("prepared") else _LARGEST_BRAIN_ML)
         elif is_stripped(image):
             largest: Any = KeepLargestConnectedComponent()((image.as_tensor() != 0).float())
             mask, problem = torch.as_tensor(FillHoles()(largest)).float(), f"{name}: holds nothing"
@@ -178,10 +178,12 @@ class BrainMaskd(MapTransform):
         return torch.as_tensor(mask.astype(np.float32))[None]
 
 
-def _check_given(mask: torch.Tensor, image: MetaTensor, file: str) -> None:
-    """Refuse a mask of the air around a head: more than any brain holds, or most corners of the volume."""
+def _check_given(mask: torch.Tensor, image: MetaTensor, file: str, largest_ml: float) -> None:
+    """Refuse a mask of the air around a head: more than any brain holds (on the atlas' grid up to twice as much),
+    or most corners of the volume.
+    """
     volume_ml, corners = mask_volume_ml(mask, image), mask[0, :: mask.shape[1] - 1, :: mask.shape[2] - 1]
-    if volume_ml > _LARGEST_BRAIN_ML or corners[..., :: mask.shape[3] - 1].sum() > 4:
+    if volume_ml > largest_ml or corners[..., :: mask.shape[3] - 1].sum() > 4:
         raise InputError(
             f"{file}: marks {volume_ml:.0f} ml, and not as a brain lies; is it inverted, or of a whole head?"
         )

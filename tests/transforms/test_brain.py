@@ -163,3 +163,15 @@ def test_an_inverted_mask_is_refused():
 def test_empty_mask_is_refused():
     with pytest.raises(InputError, match="empty"):
         BrainMaskd()({"image": meta(head(), AFFINE), "brain_mask": meta(np.zeros((48, 52, 44)), AFFINE)})
+
+
+def test_millilitres_of_the_atlas_are_not_those_of_a_head():
+    """On the atlas' grid brains are up to twice as large, and a scan that lies badly there is flagged, not refused."""
+    mask = np.zeros((60, 60, 60))
+    mask[4:56, 4:56, 4:56] = 1  # of 2.6 mm: 2,471 ml
+    data = {"image": meta(mask + 1, np.diag([2.6, 2.6, 2.6, 1])), "brain_mask": meta(mask, np.diag([2.6, 2.6, 2.6, 1]))}
+    with pytest.raises(InputError, match="marks 2471 ml"):
+        BrainMaskd()(data)
+    assert BrainMaskd()({**data, "prepared": True})["brain_mask"].sum() == mask.sum()
+    with pytest.raises(InputError, match="as a brain lies"):
+        BrainMaskd()({**data, "prepared": True, "brain_mask": meta(1 - mask, np.diag([2.6, 2.6, 2.6, 1]))})
