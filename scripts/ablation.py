@@ -1,4 +1,4 @@
-"""Measure every score of a model on the same cases, beside the trivial methods: the tables of docs/results.md.
+"""Measure every score of a model on the same cases, beside the intensity baselines.
 
 One pass of the network over each scan serves all rows. Maps and thresholds are those of the model's calibration, or are
 fitted anew to the section "calibration" of the healthy dataset (--filter_mm, --fusion); false alarms are those of its

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from sklearn.metrics import average_precision_score
 
 from bundle.scoring import Fusion
 from scripts.choose_fusion import Case, area, choose, combinations
-from tests.conftest import ROOT, run_here
+from tests.conftest import ROOT, run_here, write_nifti
 
 
 def test_benchmark_reports_every_ratio(tmp_path):
@@ -53,3 +54,23 @@ def test_lesions_outside_the_mask_rank_last():
         np.append(lesion.numpy(), [True] * 7), np.append(np.where(scores < 0, 0.05 * scores, scores), [-9.0] * 7)
     )
     assert area(Case("a", {"a": scores}, lesion, 7), Fusion("sum", {"a": 1.0})) == pytest.approx(expected)
+
+
+def test_zscored_gliomas_become_files_of_a_scanner(tmp_path):
+    """Ready for `--dataset folder`: what is brain is positive, the order of its brightness and the masks are kept."""
+    patient, rng = tmp_path / "brats" / "pat1", np.random.default_rng(0)
+    brain = np.zeros((6, 7, 8), np.uint8)
+    brain[1:5, 1:6, 1:7] = 1
+    image, labels = brain * rng.normal(0, 1, brain.shape), brain * rng.integers(0, 4, brain.shape)
+    for name, volume in (("flair_zscored", image), ("brain_mask", brain), ("tumour_labels", labels)):
+        write_nifti(patient / f"{name}.nii.gz", volume.astype(np.float32))
+    command = [sys.executable, ROOT / "scripts/glioma_scans.py", "--source_dir", tmp_path / "brats"]
+    assert run_here([*command, "--output_dir", tmp_path / "out"]).returncode == 0
+    scan, mask, lesion = (
+        nib.load(tmp_path / f"out/pat1_{n}.nii.gz").get_fdata() for n in ("flair", "brain_mask", "lesion")
+    )
+    np.testing.assert_allclose(scan, np.where(brain, (image + 6) * 100, 0), rtol=1e-5)
+    np.testing.assert_array_equal(mask, brain)
+    np.testing.assert_array_equal(lesion, labels > 0)
+    empty = run_here([*command[:-1], tmp_path / "out", "--output_dir", tmp_path / "other"])
+    assert empty.returncode == 2 and "no patient" in empty.stderr.splitlines()[-1] and not (tmp_path / "other").exists()

@@ -70,7 +70,7 @@ SCORES = {
     "intensity": Score(("intensity",), **_RAW),
     "intensity_opposite": Score(("intensity",), **_RAW, sign=-1.0),
 }
-# scores that need no network: the trivial methods that every table must show
+# scores that need no network: the baselines that every table must show
 INTENSITY_SCORES = ("atlas_z", "intensity", "intensity_opposite")
 # maps that every scan has; others it brings along
 OWN_MAPS = ("squared_error", "variance", "z", "asymmetry", "intensity")
