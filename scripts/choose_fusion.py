@@ -1,7 +1,7 @@
 """Choose the fusion of a contrast: which calibrated maps, with which weights and rule, find most of a tuning set.
 
 Every scan's maps are made once; then every combination of weights is tried on them. The best is the one with the
-highest AUPRC (mean over people, scans of one person averaged first); of those within --margin of it the one of the
+highest AUPRC (mean over subjects, scans of one subject averaged first); of those within --margin of it the one of the
 fewest maps is taken, so that a map that does not help costs nobody time. Planted lesions are not real ones: with
 --check_dir only fusions are taken whose mean over the real scans there is that of the best of all fusions, less
 --check_margin at most. Put what is printed into "usual_weights" of configs/calibrate.json (or give it as
@@ -61,7 +61,7 @@ def cases_of(bench: Bench, folders: Sequence[str], section: str, names: Sequence
 
 
 def mean_areas(cases: Sequence[Case], fusions: Sequence[Fusion]) -> dict[str, float]:
-    """Mean AUPRC over people of every fusion, by its text."""
+    """Mean AUPRC over subjects of every fusion, by its text."""
     areas = {}
     for fusion in fusions:
         by_person: dict[str, list[float]] = {}

@@ -1,5 +1,5 @@
-"""Write BRATS 2013's z-scored FLAIR scans as a scanner's files would be (6 more, times 100), and beside them their brain
-and lesion masks: ready for a preparation with `--dataset folder`.
+"""Write BRATS 2013's z-scored FLAIR scans as a scanner's files would be (6 more, times 100), and beside them their
+brain and lesion masks: ready for a preparation with `--dataset folder`.
 """
 
 from __future__ import annotations

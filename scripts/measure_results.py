@@ -31,7 +31,7 @@ def measure(folder: Path, name: str, label_file: Path) -> tuple[float, float]:
     data = LoadScand([*kinds, "label"])({**files, "label": str(label_file)})
     label = ResampleToMatch(mode="nearest", padding_mode="zeros")(data["label"], img_dst=data["heatmap"]) > 0
     if not label.any():
-        raise InputError(f"{label_file}: marks nothing in {name}; is it of the same person and space?")
+        raise InputError(f"{label_file}: marks nothing in {name}; is it of the same subject and space?")
     inside = (data["coverage"] > 0) | label
     dice, _ = DiceHelper(include_background=True, apply_argmax=False)(data["lesion"][None] > 0, label[None])
     return average_precision(data["heatmap"][inside].as_tensor(), label[inside].as_tensor()), float(dice)

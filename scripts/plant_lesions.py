@@ -1,7 +1,7 @@
 """Plant lesions of real shape into raw healthy scans and prepare them: what is found through the whole chain.
 
 OUT/raw holds the planted scans as a scanner would have made them, OUT is the prepared dataset with the sections tuning
-and test, of different people. Can be stopped and started again.
+and test, of different subjects. Can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def prepare(raw_dir: Path, dataset_dir: Path, overrides: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_dir", required=True, type=Path, help="prepared dataset of healthy people")
+    parser.add_argument("--dataset_dir", required=True, type=Path, help="prepared dataset of healthy subjects")
     parser.add_argument("--mask_dir", required=True, type=Path, nargs="+", help="lesion masks in atlas space (NIfTI)")
     parser.add_argument("--output_dir", required=True, type=Path, help="new dataset with the sections tuning and test")
     parser.add_argument("--contrast", default="t1", choices=LESION_LOOK)
@@ -43,7 +43,7 @@ def main() -> None:
         "--section",
         nargs="+",
         default=[],
-        help="of the healthy scans, divided by person; default: tuning and test as they are, or validation",
+        help="of the healthy scans, divided by subject; default: tuning and test as they are, or validation",
     )
     parser.add_argument("--given_mask", action="store_true", help="keep the healthy scan's brain mask")
     parser.add_argument("--seed", type=int, default=0)

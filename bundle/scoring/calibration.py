@@ -68,7 +68,7 @@ def fit_calibration(
         voxel_mm3: of the person's own volume in a voxel of each scan; None: as much as on the grid.
 
     Raises:
-        InputError: scans of fewer than three people, or an unknown contrast; a map of a name that is taken.
+        InputError: scans of fewer than three subjects, or an unknown contrast; a map of a name that is taken.
     """
     persons = list(persons or map(str, range(len(images))))
     if len(set(persons)) < 3:
