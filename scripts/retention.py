@@ -356,7 +356,7 @@ def pair(text: str) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--healthy", nargs="+", default=[], metavar="DATA", help="prepared datasets of healthy subjects")
+    parser.add_argument("--healthy", nargs="+", default=[], metavar="DATA", help="prepared, of healthy subjects")
     parser.add_argument("--masks", nargs="+", type=pair, default=[], metavar="FAMILY=DIR", help="in atlas space")
     parser.add_argument("--real", nargs="+", type=Path, default=[], metavar="FOLDER", help="a patient each")
     parser.add_argument(
