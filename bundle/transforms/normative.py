@@ -105,16 +105,15 @@ class NormativeMap:
         if not known.any():
             return image
         values, expected, spreads = volume[known], mean[known], spread[known]
-        sign, usual, found = LESION_SIGN[self.facts["contrast"]], np.ones(len(values), bool), (1.0, 0.0)
-        for _ in range(1 + _LOOKS):
-            scale = _healthy_scale(values[usual], expected[usual], spreads[usual])
-            if scale is None:  # nothing in it is like healthy people; CheckLikenessd tells
-                break
-            found = scale
-            unexpected = ((found[0] * volume + found[1] - mean) / spread).clip(-_FAR, _FAR) * known
+        scale, sign = _healthy_scale(values, expected, spreads), LESION_SIGN[self.facts["contrast"]]
+        if scale is None:  # nothing in it is like healthy people; CheckLikenessd tells
+            return image
+        for _ in range(_LOOKS):
+            unexpected = ((scale[0] * volume + scale[1] - mean) / spread).clip(-_FAR, _FAR) * known
             deviation = neighbourhood_deviation(unexpected, known, _AROUND_MM / (step * spacing))[known]
             usual = sign * deviation <= _UNUSUAL
-        return found[0] * image + found[1]
+            scale = _healthy_scale(values[usual], expected[usual], spreads[usual]) or scale
+        return scale[0] * image + scale[1]
 
 
 def _healthy_scale(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tuple[float, float] | None:
@@ -130,8 +129,9 @@ def _healthy_scale(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> 
                 break
             likely = np.quantile(mean[healthy] + spread[healthy] * _NORMAL[:, None], _QUANTILES)
             slope, offset = _scale(np.quantile(values[healthy], _QUANTILES), likely)
-        if healthy.sum() > max(best, 99):
-            best, scale = int(healthy.sum()), (slope, offset)
+        else:
+            if healthy.sum() > best:
+                best, scale = int(healthy.sum()), (slope, offset)
     return scale
 
 
