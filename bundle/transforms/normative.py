@@ -160,6 +160,7 @@ def fit_normative(
     grid: Mapping[str, Any],
     mean_mm: float = MEAN_MM,
     spread_mm: float = SPREAD_MM,
+    keep: bool = False,
 ) -> None:
     """Fit the normative map to healthy scans and write it, unless the very same lies there already.
 
@@ -171,10 +172,14 @@ def fit_normative(
         contrast: of the scans.
         grid: ``spacing`` (mm), ``spatial_size``, ``center``; stored.
         mean_mm, spread_mm: sigma of the Gaussian over mean and spread.
+        keep: the map that lies there, of whatever scans, as for a network that joins others in a folder.
 
     Raises:
-        InputError: fewer than three scans.
+        InputError: fewer than three scans; none to keep.
     """
+    if keep:
+        load_normative(path)
+        return
     if is_main():
         if len(dataset) < 3:
             raise InputError(f"{path}: a normative map needs at least 3 healthy scans, got {len(dataset)}")

@@ -109,6 +109,8 @@ def test_the_same_scans_give_the_same_file_and_others_another(tmp_path, anatomy,
     before, known = path.stat().st_mtime_ns, load_normative(path).mean
     fit_normative(scans, path, "t1", GRID)
     assert path.stat().st_mtime_ns == before
+    fit_normative(scans[1:], path, "t1", GRID, keep=True)
+    assert path.stat().st_mtime_ns == before
     fit_normative(scans[1:], path, "t1", GRID)
     assert path.stat().st_mtime_ns != before and not torch.equal(load_normative(path).mean, known)
 
@@ -116,6 +118,8 @@ def test_the_same_scans_give_the_same_file_and_others_another(tmp_path, anatomy,
 def test_what_is_no_normative_map_is_refused(tmp_path, normative, anatomy, brain):
     with pytest.raises(InputError, match="at least 3"):
         fit_normative([], tmp_path / "normative_t1.json", "t1", GRID)
+    with pytest.raises(InputError, match="no normative map"):
+        fit_normative([], tmp_path / "normative_t1.json", "t1", GRID, keep=True)
     with pytest.raises(InputError, match="no normative map"):
         load_normative(tmp_path / "normative_t1.json")
     content = json.loads(normative.read_text())
