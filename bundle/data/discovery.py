@@ -53,7 +53,7 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
             if section:
                 _check_section(section.lower(), person, sections, source / path)
             if (name, contrast) in scans:
-                other = f"there is a second {contrast} scan of {name}, {source / path}; tell them apart in the recipe"
+                other = f"there is a second {contrast} scan of {name}, {source / path}; tell them apart in the dataset config"
                 scans[name, contrast]["problem"] = other
                 continue
             scan = {"subject": name, "person": person, "contrast": contrast, "image": str(source / path)}

@@ -58,13 +58,13 @@ def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | No
     file = Path(folder) / f"{name}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(f.stem for f in Path(folder).glob("*.yaml")))
-        raise InputError(f"dataset '{name}' has no recipe {file}; there are: {known}")
+        raise InputError(f"dataset '{name}': there is no dataset config {file}; there are: {known}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file}: a recipe needs at least 'images'")
+        raise InputError(f"{file}: a dataset config needs at least 'images'")
     if splits:
         content["splits"] = splits
     unknown = set(content) - {f.name for f in fields(Recipe)}
@@ -88,7 +88,7 @@ def load_recipe(folder: str | Path, name: str, splits: dict[str, int | str] | No
     numbers = [n for n in recipe.splits.values() if n != "rest"]
     wrong = [n for n in numbers if not isinstance(n, int) or isinstance(n, bool) or n < 0]
     if set(recipe.splits) - set(SECTIONS) or wrong or len(recipe.splits) - len(numbers) > 1:
-        raise InputError(f"{file}: splits give {', '.join(SECTIONS)} a number of people each, one of them 'rest'")
+        raise InputError(f"{file}: splits give {', '.join(SECTIONS)} a number of subjects each, one of them 'rest'")
     return recipe
 
 
@@ -108,7 +108,7 @@ def _check_types(recipe: Recipe, file: Path) -> None:
         "alignment": (recipe.alignment in ("affine", "none", "auto"), "'affine', 'auto' or 'none'"),
         "ignored_labels": (isinstance(ignored, list) and all(map(number, ignored)), "a list of numbers"),
         "person": (isinstance(recipe.person, str), "a regular expression"),
-        "splits": (isinstance(recipe.splits, dict), f"numbers of people for some of {', '.join(SECTIONS)}"),
+        "splits": (isinstance(recipe.splits, dict), f"numbers of subjects for some of {', '.join(SECTIONS)}"),
     }
     for key in VOLUME_KEYS[1:]:
         given = getattr(recipe, key)

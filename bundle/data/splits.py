@@ -35,7 +35,7 @@ def split_people(recipe: Recipe, people: Iterable[str], seed: int = 0) -> dict[s
     fixed = {k: n for k, n in recipe.splits.items() if isinstance(n, int)}
     if sum(fixed.values()) > len(left):
         raise InputError(
-            f"splits {recipe.splits} need more than the {len(left)} people found; choose yours with --splits"
+            f"splits {recipe.splits} need more than the {len(left)} subjects found; choose yours with --splits"
         )
     rest = next((k for k, n in recipe.splits.items() if not isinstance(n, int)), None)
     section: dict[str, str] = {}
@@ -60,11 +60,11 @@ def listed_sections(
     if missing:
         names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise InputError(
-            f"{splits_file}: {len(missing)} of {len(section)} listed people were not found ({names}); a table would be "
+            f"{splits_file}: {len(missing)} of {len(section)} listed subjects were not found ({names}); a table would be "
             "of others: name the source folder that holds them, or shorten the list"
         )
     if found - set(section):
-        print(f"{splits_file}: {len(found - set(section))} people are in none of its lists and are left out")
+        print(f"{splits_file}: {len(found - set(section))} subjects are in none of its lists and are left out")
     return section
 
 
@@ -106,7 +106,7 @@ def read_splits(path: str | Path, dataset: str, person: str = ".*", fold: int = 
 def _lists(path: Path, dataset: str, fold: int) -> list[tuple[Path, str]]:
     """Files and their sections."""
     if not path.exists():
-        raise InputError(f"{path}: not found; --splits_file needs a CSV list of people, or a folder of them")
+        raise InputError(f"{path}: not found; --splits_file needs a CSV list of subjects, or a folder of them")
     found, folds = [], set()
     for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
         match = _LIST.fullmatch(file.stem)
@@ -131,7 +131,7 @@ def _rows(file: Path) -> list[tuple[str, bool]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{file}: cannot be read as a CSV list ({error})") from error
     if not rows or not {"img_name", "label"} <= set(rows[0]):
-        raise InputError(f"{file}: a list of people needs the columns img_name and label, and rows")
+        raise InputError(f"{file}: a list of subjects needs the columns img_name and label, and rows")
     people = []
     for number, row in enumerate(rows, 2):
         try:

@@ -72,7 +72,7 @@ def fit_calibration(
     """
     persons = list(persons or map(str, range(len(images))))
     if len(set(persons)) < 3:
-        raise InputError(f"calibration needs healthy scans of at least 3 people, got {len(set(persons))}")
+        raise InputError(f"calibration needs healthy scans of at least 3 subjects, got {len(set(persons))}")
     if contrast not in LESION_SIGN:
         raise InputError(f"contrast '{contrast}' is unknown: use one of {', '.join(LESION_SIGN)}")
     maps = maps or {}

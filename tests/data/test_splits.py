@@ -80,9 +80,9 @@ def test_missing_people_are_named_and_others_counted(tmp_path, capsys):
     recipe = load_recipe(ROOT / "configs/datasets", "mslub")
     write(tmp_path, MSLUB_test={f"patient{k:02}": 1 for k in range(1, 6)})
     with pytest.raises(
-        InputError, match=r"4 of 5 listed people were not found \(patient02, patient03, patient04, ...\)"
+        InputError, match=r"4 of 5 listed subjects were not found \(patient02, patient03, patient04, ...\)"
     ):
         listed_sections(tmp_path, "mslub", recipe, ["patient01", "patient26"])
     everyone = [f"patient{k:02}" for k in range(1, 8)]
     assert set(listed_sections(tmp_path, "mslub", recipe, everyone)) == set(everyone[:5])
-    assert "2 people are in none of its lists" in capsys.readouterr().out
+    assert "2 subjects are in none of its lists" in capsys.readouterr().out

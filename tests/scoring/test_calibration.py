@@ -284,7 +284,7 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
 
 def test_too_few_scans_and_unknown_contrasts_are_refused(healthy):
     channels, images = healthy
-    with pytest.raises(InputError, match="at least 3 people"):
+    with pytest.raises(InputError, match="at least 3 subjects"):
         fit_calibration(channels[:2], images[:2], "t1", 2.0)
     with pytest.raises(InputError, match="pd"):
         fit_calibration(channels, images, "pd", 2.0)
