@@ -10,7 +10,9 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from bundle.data.files import write_json
 from bundle.scoring import Fusion
+from scripts import results_tables
 from scripts.choose_fusion import Case, area, choose, combinations
 from tests.conftest import ROOT, run_here, write_nifti
 
@@ -74,3 +76,25 @@ def test_zscored_gliomas_become_files_of_a_scanner(tmp_path):
     np.testing.assert_array_equal(lesion, labels > 0)
     empty = run_here([*command[:-1], tmp_path / "out", "--output_dir", tmp_path / "other"])
     assert empty.returncode == 2 and "no patient" in empty.stderr.splitlines()[-1] and not (tmp_path / "other").exists()
+
+
+def test_the_tables_of_the_results_are_made_of_the_evaluations(tmp_path):
+    sizes = {name: {"lesions": 8, "found": 3} for name in results_tables.SIZES}
+    healthy = {"false_findings_per_scan": 1.25, "scans_with_findings": 0.5, "marked_share_of_brain": 0.00061}
+    for number, kind in enumerate(("", "ms_", "strokes_", "healthy_")):
+        for contrast in results_tables.CONTRASTS:
+            mean = {"auprc_mean": 0.1 * number, "auprc_ci95": [0.01, 0.9], "dice_mean": 0.25}
+            methods = {m: {**mean, "lesions": sizes, "healthy": healthy} for m in results_tables.METHODS}
+            cases = {f"patient26_{contrast}": {m: {"auprc": 0.4321, "dice": 0.5} for m in results_tables.METHODS}}
+            write_json(tmp_path / f"eval_{kind}{contrast}" / "metrics.json", {"methods": methods, "cases": cases})
+    command = [sys.executable, ROOT / "scripts/results_tables.py", tmp_path]
+    missing = run_here(command)
+    assert missing.returncode == 2 and "eval_glioma" in missing.stderr.splitlines()[-1] and not missing.stdout
+    cases = {f"pat000{n}_flair": {m: {"auprc": 0.9, "dice": 0.1 * n} for m in results_tables.METHODS} for n in (1, 5)}
+    write_json(tmp_path / "eval_glioma/metrics.json", {"cases": cases})
+    lines = run_here(command).stdout.splitlines()
+    assert "| `fusion` | 0.432 (0.50) | 0.432 (0.50) | 0.432 (0.50) | 0.900 (0.10) | 0.900 (0.50) |" in lines
+    planted = " | ".join(["0.100 [0.01, 0.90] (0.25) | 0.200 [0.01, 0.90] (0.25)"] * 3)
+    assert f"| `atlas_z` | {planted} |" in lines
+    assert "| 0.1 to 1 ml | " + " | ".join(["3 of 8 (3)"] * 6) + " |" in lines
+    assert "| `fusion` FLAIR, test | 1.2 | 0.5 | 0.06% |" in lines

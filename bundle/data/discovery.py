@@ -53,8 +53,8 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
             if section:
                 _check_section(section.lower(), person, sections, source / path)
             if (name, contrast) in scans:
-                other = f"there is a second {contrast} scan of {name}, {source / path}; tell them apart in the dataset config"
-                scans[name, contrast]["problem"] = other
+                other = f"there is a second {contrast} scan of {name}, {source / path}"
+                scans[name, contrast]["problem"] = f"{other}; tell them apart in the dataset config"
                 continue
             scan = {"subject": name, "person": person, "contrast": contrast, "image": str(source / path)}
             if section:

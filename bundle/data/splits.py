@@ -60,8 +60,8 @@ def listed_sections(
     if missing:
         names = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise InputError(
-            f"{splits_file}: {len(missing)} of {len(section)} listed subjects were not found ({names}); a table would be "
-            "of others: name the source folder that holds them, or shorten the list"
+            f"{splits_file}: {len(missing)} of {len(section)} listed subjects were not found ({names}); a table would "
+            "be of others: name the source folder that holds them, or shorten the list"
         )
     if found - set(section):
         print(f"{splits_file}: {len(found - set(section))} subjects are in none of its lists and are left out")

@@ -25,8 +25,8 @@ PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 # The lowest value of a brain voxel. 0 is kept for the outside, so that a volume carries its own brain mask
 # through the inferer (whose signature has no room for a second volume).
 LOWEST_BRAIN_INTENSITY = 1e-3
-# Where the lower percentile goes: what is darker, a lesion say, keeps its order above the lowest value. Fluid on FLAIR is
-# dark by very different amounts, and needs more room below (docs/results.md).
+# Where the lower percentile goes: what is darker, a lesion say, keeps its order above the lowest value. Fluid on FLAIR
+# is dark by very different amounts, and needs more room below (docs/results.md).
 DARKEST_TISSUE = {"t1": 0.1, "t2": 0.1, "flair": 0.3}
 _DARKEST = 0.1  # of landmarks, and of scans whose contrast nobody has told
 
@@ -34,8 +34,9 @@ _DARKEST = 0.1  # of landmarks, and of scans whose contrast nobody has told
 class NormalizeBrainIntensityd(MapTransform):
     """Bring every brain to one scale, linearly, and everything outside the brain to 0.
 
-    Two percentiles of the brain are mapped to 0.1 (FLAIR: 0.3, `DARKEST_TISSUE`) and 1. Where the normative map of a model is there, what looks
-    healthy in the scan is then matched to it (`NormativeMap.match`), since percentiles follow a large lesion.
+    Two percentiles of the brain are mapped to 0.1 (FLAIR: 0.3, `DARKEST_TISSUE`) and 1. Where the normative map of a
+    model is there, what looks healthy in the scan is then matched to it (`NormativeMap.match`), since percentiles
+    follow a large lesion.
 
     Brain voxels are clipped to [0.001, ``highest``]: never 0, and so far beyond healthy tissue that lesions keep their
     order. Doing it twice changes nothing that matters, so prepared data may go through it again.
