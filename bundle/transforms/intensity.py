@@ -91,7 +91,7 @@ class NormalizeBrainIntensityd(MapTransform):
             if high - low <= 1e-6 * abs(high):
                 raise InputError(f"{name}: the brain has one constant intensity ({low:g}); not an image")
             learned = landmarks and Path(landmarks).is_file()
-            darkest = _DARKEST if learned else DARKEST_TISSUE.get(d.get("contrast"), _DARKEST)
+            darkest = _DARKEST if learned else DARKEST_TISSUE.get(str(d.get("contrast")), _DARKEST)
             scaled = (image - low) / (high - low) * (1 - darkest) + darkest
             if landmarks and learned:
                 scaled = match_landmarks(scaled, scaled[inside], *read_landmarks(landmarks))
