@@ -99,7 +99,7 @@ class Anomaliesd(MapTransform):
         contrast: str,
         normative: str,
         label_key: str = "label",
-        number: tuple[int, int] = (2, 20),
+        number: tuple[int, int] = (2, 9),
         diameter: tuple[float, float] = (1.0, 30.0),
         spreads: tuple[float, float] = (1.5, 8.0),
         amount: tuple[float, float] = (0.12, 0.8),

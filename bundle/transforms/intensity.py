@@ -25,18 +25,15 @@ PERCENTILES = (1, 10, 20, 30, 40, 50, 60, 70, 80, 90, 99)
 # The lowest value of a brain voxel. 0 is kept for the outside, so that a volume carries its own brain mask
 # through the inferer (whose signature has no room for a second volume).
 LOWEST_BRAIN_INTENSITY = 1e-3
-# Where the lower percentile goes: what is darker, a lesion say, keeps its order above the lowest value. Fluid on FLAIR
-# is dark by very different amounts, and needs more room below (docs/results.md).
-DARKEST_TISSUE = {"t1": 0.1, "t2": 0.1, "flair": 0.3}
-_DARKEST = 0.1  # of landmarks, and of scans whose contrast nobody has told
+# Where the lower percentile goes: what is darker, a lesion say, keeps its order above the lowest value.
+DARKEST_TISSUE = 0.1
 
 
 class NormalizeBrainIntensityd(MapTransform):
     """Bring every brain to one scale, linearly, and everything outside the brain to 0.
 
-    Two percentiles of the brain are mapped to 0.1 (FLAIR: 0.3, `DARKEST_TISSUE`) and 1. Where the normative map of a
-    model is there, what looks healthy in the scan is then matched to it (`NormativeMap.match`), since percentiles
-    follow a large lesion.
+    Two percentiles of the brain are mapped to 0.1 and 1. Where the normative map of a model is there, what looks
+    healthy in the scan is then matched to it (`NormativeMap.match`), since percentiles follow a large lesion.
 
     Brain voxels are clipped to [0.001, ``highest``]: never 0, and so far beyond healthy tissue that lesions keep their
     order. Doing it twice changes nothing that matters, so prepared data may go through it again.
@@ -90,10 +87,8 @@ class NormalizeBrainIntensityd(MapTransform):
             low, high = np.percentile(values, [self.lower, self.upper])
             if high - low <= 1e-6 * abs(high):
                 raise InputError(f"{name}: the brain has one constant intensity ({low:g}); not an image")
-            learned = landmarks and Path(landmarks).is_file()
-            darkest = _DARKEST if learned else DARKEST_TISSUE.get(str(d.get("contrast")), _DARKEST)
-            scaled = (image - low) / (high - low) * (1 - darkest) + darkest
-            if landmarks and learned:
+            scaled = (image - low) / (high - low) * (1 - DARKEST_TISSUE) + DARKEST_TISSUE
+            if landmarks and Path(landmarks).is_file():
                 scaled = match_landmarks(scaled, scaled[inside], *read_landmarks(landmarks))
             elif normative:
                 scaled = load_normative(normative).match(scaled, inside)
@@ -161,7 +156,7 @@ def learn_landmarks(
     for volume in (dataset[i]["image"] for i in range(len(dataset))):
         own = np.percentile(volume[volume > 0].cpu().numpy(), percents)
         found.append((own - own[0]) / (own[-1] - own[0]))
-    intensities = (np.mean(found, 0) * (1 - _DARKEST) + _DARKEST).round(5).tolist()
+    intensities = (np.mean(found, 0) * (1 - DARKEST_TISSUE) + DARKEST_TISSUE).round(5).tolist()
     write_json(path, {"percentiles": list(percents), "intensities": intensities, "subjects": len(found)})
     print(f"{path}: landmarks of {len(found)} scans")
 
