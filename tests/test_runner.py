@@ -58,6 +58,14 @@ def test_landmarks_are_learned_before_a_training_and_used_by_it(cohort, grid_fil
     assert not (tmp_path / "new").exists()
 
 
+def test_a_normative_map_is_fitted_alone_and_kept(cohort, grid_file, tmp_path):
+    use = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path)
+    none_there = run_bundle("training", "train_reconstruction", grid_file, *use, "--keep_normative", True)
+    assert none_there.returncode == 2 and "no normative map" in none_there.stderr.splitlines()[-1]
+    assert "healthy t1 scans" in succeed("normative", "train", grid_file, *use)
+    assert (tmp_path / "normative_t1.json").is_file() and not (tmp_path / "model.pt").exists()
+
+
 def test_training_resumes_and_patches_train_too(models, cohort, grid_file, tmp_path):
     use = ("--dataset_dir", cohort, "--ckpt_dir", tmp_path, "--val_interval", 1)
     (last,) = (models / "checkpoints").glob("*epoch=6.pt")
