@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bundle.command_line import record_run
 from bundle.data.files import claim_folder
 from bundle.errors import InputError
-from bundle.networks.weights import save_weights, write_torch
+from bundle.networks.weights import load_weights, save_weights, write_torch
 from bundle.parallel import is_main
 
 from .random_states import RandomStates
@@ -45,6 +45,7 @@ class TrainingCheckpoints:
         about: strings that a checkpoint must agree in, such as the contrast.
         resume: "" starts anew; "auto" goes on from the newest checkpoint that can be read, if there is one; else the
             checkpoint's path.
+        init: model file whose weights a training that starts anew begins with; "": those of the network.
         keep: number of checkpoints.
         half: the model file's weights have 16 bit; checkpoints keep 32.
         model: whose weights are kept, of the "best" validation or the "last".
@@ -67,6 +68,7 @@ class TrainingCheckpoints:
         keep: int = 3,
         half: bool = False,
         model: str = "best",
+        init: str = "",
     ) -> None:
         if model not in ("best", "last"):
             raise InputError(f"the model to keep is '{model}': use best or last")
@@ -75,7 +77,7 @@ class TrainingCheckpoints:
         self.folder, self.model_file, self.state = Path(folder), Path(model_file), dict(state)
         self.validator, self.interval, self.keep = validator, interval, keep
         self.random, self.about, self.resume = RandomStates(transforms), dict(about or {}), str(resume or "")
-        self.half, self.model, self._validated = half, model, 0
+        self.half, self.model, self.init, self._validated = half, model, init, 0
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -101,11 +103,12 @@ class TrainingCheckpoints:
                 self._restore(engine, file, content)
                 return
             print(f"{self.folder}: no checkpoint to go on from; the training starts anew", flush=True)
-            self._set_aside(self.files(), self.model_file)
         elif self.resume:
             self._restore(engine, Path(self.resume), self._read(Path(self.resume)))
-        else:
-            self._set_aside(self.files(), self.model_file)
+            return
+        if self.init:
+            load_weights(_unwrapped(self.state["network"]), self.init)
+        self._set_aside(self.files(), self.model_file)
 
     def _set_aside(self, files: Sequence[Path], model_file: Path | None = None) -> None:
         """Move checkpoints that this training does not go on from, so that nobody takes them for its own, and copy a

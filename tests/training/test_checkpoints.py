@@ -8,12 +8,23 @@ from ignite.engine import Engine, Events
 from monai.transforms import Compose, RandGaussianNoise, RandGaussianNoised
 
 from bundle.errors import InputError
+from bundle.networks import save_weights
 from bundle.training import RequireFiniteLoss, TrainingCheckpoints
 from bundle.training.random_states import RandomStates, random_generators
 
 
 def training(
-    folder, epochs, steps=3, resume="", interval=2, about="t1", noise=None, scores=None, rate=None, model="best"
+    folder,
+    epochs,
+    steps=3,
+    resume="",
+    interval=2,
+    about="t1",
+    noise=None,
+    scores=None,
+    rate=None,
+    model="best",
+    init="",
 ):
     """A small training with every kind of randomness; returns it and the engines that run it."""
     torch.manual_seed(0)
@@ -58,10 +69,25 @@ def training(
         {"contrast": about},
         resume,
         model=model,
+        init=init,
     )
     checkpoints.attach(trainer)
     trainer.run(range(steps), max_epochs=epochs)
     return network, validator, optimizer
+
+
+def test_a_training_begins_with_the_weights_of_a_model(tmp_path):
+    network, file = torch.nn.Linear(3, 1), str(tmp_path / "model.pt")
+    torch.nn.init.constant_(network.weight, 10.0)
+    save_weights(network, file)
+    # one step of AdamW with a rate of 0.1 moves a weight by about that
+    begun, _, _ = training(tmp_path / "begun", 1, steps=1, init=file)
+    assert torch.allclose(begun.weight, network.weight, atol=0.3)
+    # a training that goes on does not begin again
+    on, _, _ = training(tmp_path / "begun", 1, steps=1, init=str(tmp_path / "gone.pt"), resume="auto")
+    assert torch.equal(on.weight, begun.weight)
+    with pytest.raises(InputError, match=r"nowhere\.pt"):
+        training(tmp_path / "new", 1, init=str(tmp_path / "nowhere.pt"))
 
 
 def names(folder):
