@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from bundle.data.files import read_json  # noqa: E402
 from bundle.errors import report_in_one_line  # noqa: E402
+from scripts.retention import print_table  # noqa: E402
 
 CONTRASTS = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR"}
 METHODS = ["fusion", "location", "asymmetry", "reconstruction", "segmentation", "atlas_z", "intensity", "all_positive"]
@@ -46,11 +47,6 @@ def of_all(found: Figures, method: str) -> str:
     return f"{mean['auprc_mean']:.3f} [{low:.2f}, {high:.2f}] ({mean['dice_mean']:.2f})"
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of eval_t1, eval_glioma, eval_ms_t1, eval_healthy_t1 ...")
@@ -67,14 +63,14 @@ def main() -> None:
     ]
     for title, table in (("Real patients: AUPRC (Dice)", patients), ("Planted: AUPRC [interval] (Dice)", planted)):
         rows = [[f"`{method}`", *(cell(found, method) for found, _, cell in table)] for method in METHODS]
-        print_table(title, [name for _, name, _ in table], rows)
+        print_table(title, ["", *(name for _, name, _ in table)], rows)
 
     def by_size(found: Figures, size: str) -> str:
         ours, bright = (found["methods"][m]["lesions"][size] for m in ("fusion", "intensity"))
         return f"{ours['found']} of {ours['lesions']} ({bright['found']})"
 
     rows = [[size, *(by_size(found, size) for found, _, _ in planted)] for size in SIZES]
-    print_table("Found by size: fusion (intensity)", [name for _, name, _ in planted], rows)
+    print_table("Found by size: fusion (intensity)", ["", *(name for _, name, _ in planted)], rows)
     rows = []
     for section, prefix in (("test", "eval_healthy_"), ("validation", "eval_ms_")):
         for c, name in CONTRASTS.items():
@@ -83,7 +79,7 @@ def main() -> None:
                 healthy = found[method]["healthy"]
                 counts = [f"{healthy['false_findings_per_scan']:.1f}", f"{healthy['scans_with_findings']:.1f}"]
                 rows.append([f"`{method}` {name}, {section}", *counts, f"{healthy['marked_share_of_brain']:.2%}"])
-    print_table("Healthy", ["findings per scan", "share of scans with any", "share of the brain marked"], rows)
+    print_table("Healthy", ["", "findings per scan", "share of scans with any", "share of the brain marked"], rows)
 
 
 if __name__ == "__main__":

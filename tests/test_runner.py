@@ -583,7 +583,7 @@ def test_another_reconstruction_model_is_refused(fused, cohort, grid_file, tmp_p
         ("inference", "inference", ["--spacing", "5.0"], "made on another grid"),
         ("training", "train", ["--dataset_dir", ""], "name it with --dataset_dir"),
         ("evaluation", "evaluate", ["--section", "testing"], "no item of contrast 't1' in 'testing'"),
-        ("preparation", "prepare", ["--dataset", "nothing"], "there is no dataset config"),
+        ("preparation", "prepare", ["--dataset", "nothing"], "dataset 'nothing': there is no dataset config"),
     ],
 )
 def test_mistakes_get_one_line(models, cohort, grid_file, tmp_path, run_id, config, overrides, message):
