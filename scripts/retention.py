@@ -203,14 +203,12 @@ def follow_shading(chain: Chain, scan: dict[str, Any], seed: list[int]) -> float
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "scan.nii.gz"
         write_volume(file, image * field, affine, nifti_header(scan["source"]["image"]))
-        ratio: dict[str, np.ndarray] = {}
+        ratio, lit = {}, np.ones(1, bool)
         for step in chain.follow(file, scan["source"]["image"]):
-            lit = step.inside & (step.twin > 0.1 * np.median(step.twin[step.inside])) & (step.scan > 0)
-            if step.name == "grid":
-                grid = lit
-            if step.name in ("grid", "bias field"):
-                ratio[step.name] = (step.scan / np.where(lit, step.twin, 1))[grid]
-    return shading_removed(ratio["grid"], np.maximum(ratio["bias field"], 1e-3))
+            if step.name in ("grid", "bias field"):  # where there is next to no signal a ratio means nothing
+                lit = lit & step.inside & (step.twin > 0.1 * np.median(step.twin[step.inside])) & (step.scan > 0)
+                ratio[step.name] = step.scan / np.where(lit, step.twin, 1)
+    return shading_removed(ratio["grid"][lit], ratio["bias field"][lit])
 
 
 def white_matter(image: MetaTensor) -> np.ndarray:
