@@ -29,6 +29,7 @@ from bundle.data.files import atomic_path, read_json, write_json  # noqa: E402
 from bundle.errors import report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision, count_lesions, recall_at_false_positives  # noqa: E402
 from bundle.reports.figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR  # noqa: E402
+from bundle.reports.table import print_table  # noqa: E402
 from bundle.scoring import PARTS, Calibration, Fusion, fit_calibration  # noqa: E402
 from bundle.scoring.calibration import QUANTILES  # noqa: E402
 from bundle.transforms import load_normative  # noqa: E402
@@ -184,14 +185,6 @@ def draw_maps(path: Path, calibration: Calibration, scans: list[Scan], quantile:
         figure.savefig(temporary, format="png", dpi=80)
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown."""
-    columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | " + " | ".join(f"{row[c]:.4f}" for c in columns) + " |" for name, row in rows.items()]
-    return "\n".join(lines)
-
-
 def read_fusion(text: str) -> Fusion:
     """The fusion that "RULE:MAP=WEIGHT,MAP=WEIGHT" stands for."""
     rule, weights = text.split(":", 1)
@@ -262,7 +255,9 @@ def main() -> None:
         if args.picture:
             draw_maps(args.picture, list(fitted.values())[-1], list(tests.values())[-1], quantile)
         for name, rows in results[key].items():
-            print(f"\n{args.contrast}, {key}, {name}\n\n{table(rows)}", flush=True)
+            columns = list(next(iter(rows.values())))
+            cells = [[what, *(f"{row[c]:.4f}" for c in columns)] for what, row in rows.items()]
+            print_table(f"{args.contrast}, {key}, {name}", ["", *columns], cells)
     if args.output:
         write_json(args.output, results)
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from bundle.data.files import write_json  # noqa: E402
 from bundle.errors import InputError, report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
+from bundle.reports.table import print_table  # noqa: E402
 from bundle.scoring import RULES, Fusion  # noqa: E402
 from scripts.ablation import Bench, Scan  # noqa: E402
 
@@ -129,11 +130,10 @@ def main() -> None:
     alone = [str(fusion) for fusion in fusions if len(fusion.weights) == 1]
     shipped = calibration.fusion.weights if calibration.fusion else {}
     used = [fusion for fusion in fusions if fusion.weights == shipped and fusion.rule == calibration.fusion.rule]
-    columns = ["fusion", "mean AUPRC", *(f"real: {case.person}" for case in real)]
-    print(f"\n{args.contrast}, {len(cases)} scans with lesions; the calibration's fusion: {calibration.fusion}\n")
-    print("\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns))))
-    for text in dict.fromkeys([*order[:10], *map(str, (chosen, *used)), *alone]):
-        print(f"| {' | '.join([text, *(f'{found[text]:.4f}' for found in (areas, *by_scan))])} |")
+    shown = dict.fromkeys([*order[:10], *map(str, (chosen, *used)), *alone])
+    rows = [[text, *(f"{found[text]:.4f}" for found in (areas, *by_scan))] for text in shown]
+    title = f"{args.contrast}, {len(cases)} scans with lesions; the calibration's fusion: {calibration.fusion}"
+    print_table(title, ["fusion", "mean AUPRC", *(f"real: {case.person}" for case in real)], rows)
     print(f'\nchosen: --fusion_rule {chosen.rule} --fusion_weights "{dict(chosen.weights)}"')
     if args.output:
         facts = {"rule": chosen.rule, "weights": dict(chosen.weights)}

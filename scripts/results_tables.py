@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from bundle.data.files import read_json  # noqa: E402
 from bundle.errors import report_in_one_line  # noqa: E402
-from scripts.retention import print_table  # noqa: E402
+from bundle.reports.table import print_table  # noqa: E402
 
 CONTRASTS = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR"}
 METHODS = ["fusion", "location", "asymmetry", "reconstruction", "segmentation", "atlas_z", "intensity", "all_positive"]

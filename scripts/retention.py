@@ -47,6 +47,7 @@ from bundle.data.volumes import nifti_header, write_volume  # noqa: E402
 from bundle.errors import InputError, explain, report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
 from bundle.metrics.retention import planted_contrast, real_contrast, robust_spread, shading_removed, variation  # noqa: E402
+from bundle.reports.table import print_table  # noqa: E402
 from bundle.synthesis import coil_shading  # noqa: E402
 from bundle.transforms import load_normative, normative_file  # noqa: E402
 
@@ -295,12 +296,6 @@ def follow_real(
     return found
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-
-
 def healthy_scans(dataset_dirs: list[str], contrast: str, section: str) -> list[dict[str, Any]]:
     scans: list[dict[str, Any]] = []
     for folder in dataset_dirs:
@@ -366,7 +361,7 @@ def main() -> None:
     )
     parser.add_argument("--contrast", nargs="+", default=list(LESION_LOOK), choices=LESION_LOOK)
     parser.add_argument("--section", default="test", help="of the healthy scans")
-    parser.add_argument("--cases", type=int, default=4, help="of each family and size, and of shading")
+    parser.add_argument("--cases", type=int, default=4, help="of each family and size, and of variation")
     parser.add_argument("--ckpt_dir", default="", help="folder of models, for the chain of inference")
     parser.add_argument("--override", nargs="+", type=pair, default=[], metavar="NAME=VALUE", help="of the config")
     parser.add_argument("--seed", type=int, default=0)
@@ -391,11 +386,11 @@ def main() -> None:
         results["planted"] += cases
         if cases:
             print_planted(contrast, cases)
-        some = scans[: args.cases]
-        shaded = [follow_shading(chain, scan, [args.seed, n]) for n, scan in enumerate(some)]
-        results["shading"] += [{"contrast": contrast, "scan": s["name"], "removed": r} for s, r in zip(some, shaded)]
-        print(f"\n{contrast}: planted shading of +-30 % removed: {np.median(shaded):.2f} (worst {min(shaded):.2f})")
-        for scan in some:
+        shaded = [follow_shading(chain, scan, [args.seed, n]) for n, scan in enumerate(scans)]
+        results["shading"] += [{"contrast": contrast, "scan": s["name"], "removed": r} for s, r in zip(scans, shaded)]
+        removed = f"{np.median(shaded):.2f} (worst {min(shaded):.2f}, {len(shaded)} scans)"
+        print(f"\n{contrast}: planted shading of +-30 % removed: {removed}")
+        for scan in scans[: args.cases]:
             found = follow_variation(chain, scan["source"]["image"])
             results["variation"].append({"contrast": contrast, "scan": scan["name"], **found})
     overrides = {k: yaml.safe_load(v) for k, v in args.override}

@@ -1,10 +1,10 @@
-"""``summary.csv``: a row for each scan, and for each visit."""
+"""Tables: ``summary.csv``, a row for each scan and for each visit, and those that scripts print."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], columns: tuple[str
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table as the documentation has it, in Markdown."""
+    lines = [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+    print(f"\n### {title}\n", *lines, sep="\n", flush=True)
 
 
 def is_done(row: Mapping[str, Any]) -> bool:
