@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ _SHRINKAGE, _PRIOR_VOXELS = 0.05, 5.0
 # patches of each of the first scans that the components are found from
 _PATCHES, _FIRST_SCANS = 5000, 8
 _FEWEST = 3  # scans that a covariance is found from
+ALL = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Embedding:
         mean: ``[K, h, w, d]``, at every place, of the scans' extent.
         whitening: ``[K, K, i, j, k]``, triangular matrices that make the covariance of a block 1.
         edge: of these blocks, voxels of the grid.
+        telling: lowest and highest intensity that were told apart, see `hold`.
     """
 
     center: torch.Tensor
@@ -62,6 +65,7 @@ class Embedding:
     mean: torch.Tensor
     whitening: torch.Tensor
     edge: int
+    telling: tuple[float, float] = ALL
 
     def distance(self, components: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Mahalanobis distance ``[1, H, W, D]``, 0 outside the brain, of ``components`` ``[K, H, W, D]`` (projected
@@ -82,26 +86,44 @@ class Embedding:
         return result[None]
 
 
+def hold(image: torch.Tensor, telling: Sequence[float]) -> torch.Tensor:
+    """Hold the brain's intensities to a range; 0 is outside the brain, and stays. Beyond the range they tell more of
+    the person than of a lesion: how much fluid an old brain has, which is bright on T2w and dark on FLAIR, say.
+    """
+    return torch.where(image > 0, image.clamp(*telling), image)
+
+
 class Components(nn.Module):
     """A localiser that gives the projected features of its patches, ``[B, K, H', W']``.
 
     Args:
         network: has ``embed`` and ``locate``, see `PatchLocator`.
-        center, projection: of an `Embedding`.
+        center, projection, telling: of an `Embedding`.
         behind: give them behind the network's own channels, ``[B, 4 + K, H', W']``, instead of alone.
     """
 
     def __init__(
-        self, network: nn.Module, center: torch.Tensor, projection: torch.Tensor, behind: bool = False
+        self,
+        network: nn.Module,
+        center: torch.Tensor,
+        projection: torch.Tensor,
+        telling: Sequence[float] = ALL,
+        behind: bool = False,
     ) -> None:
         super().__init__()
-        self.network, self.center, self.projection, self.behind = network, center, projection, behind
+        self.network, self.center, self.projection = network, center, projection
+        self.telling, self.behind = tuple(telling), behind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.network.embed(x)  # type: ignore[operator]
+        held = torch.cat([hold(x[:, :1], self.telling), x[:, 1:]], 1)
+        features = self.network.embed(held)  # type: ignore[operator]
         weight = self.projection.T[:, :, None, None].to(features)
         components = F.conv2d(features.float(), weight.float(), -(self.center @ self.projection).to(features).float())
-        return torch.cat([self.network.locate(features), components], 1) if self.behind else components  # type: ignore[operator]
+        if not self.behind:
+            return components
+        # the heads see what they were trained on
+        own = features if self.telling == ALL else self.network.embed(x)  # type: ignore[operator]
+        return torch.cat([self.network.locate(own), components], 1)  # type: ignore[operator]
 
 
 def _block_of(inside: torch.Tensor, edge: int) -> torch.Tensor:
@@ -219,6 +241,7 @@ def fit_embedding(
     grid: Mapping[str, Any],
     device: torch.device | str = "cpu",
     shard: str = "",
+    telling: Sequence[float] = ALL,
 ) -> None:
     """Fit an `Embedding` to healthy scans, one after the other, and write it, unless that of the same scans and model
     lies there already: of several shards the first does it, and the others wait. Does nothing for a network without
@@ -233,6 +256,7 @@ def fit_embedding(
         grid: ``spacing``; all is stored.
         device: of the network.
         shard: of the run, see `bundle.parallel.Shard`.
+        telling: lowest and highest intensity that are told apart, see `hold`.
 
     Raises:
         InputError: there is no model.
@@ -245,7 +269,7 @@ def fit_embedding(
         return
     claim_folder(Path(path).parent, Shard.of(shard))
     with alone_in(Path(path).parent):
-        _fit(dataset, network, inferer, Path(path), model_file, contrast, grid, device)
+        _fit(dataset, network, inferer, Path(path), model_file, contrast, grid, device, telling)
 
 
 def _fit(
@@ -257,24 +281,27 @@ def _fit(
     contrast: str,
     grid: Mapping[str, Any],
     device: torch.device | str,
+    telling: Sequence[float],
 ) -> None:
     listed = [str(item.get("image")) for item in getattr(dataset, "data", [])]
-    made_from = hashlib.sha256(json.dumps([model_hash(model_file, contrast), dict(grid), listed]).encode()).hexdigest()
+    made_of = [model_hash(model_file, contrast), dict(grid), listed, *map(float, telling)]
+    made_from = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     if listed and path.is_file() and read_json(path, "embedding").get("made_from") == made_from:
         print(f"{path}: of the same model and scans already", flush=True)
         return
     load_weights(network, model_file)
     network.eval()
     volumes = [dataset[i]["image"].as_tensor().cpu()[0] for i in range(min(len(dataset), _FIRST_SCANS))]
-    center, projection = principal_components(volumes, network, inferer.patch_size, device)
-    components = Components(network, center, projection)
+    center, projection = principal_components([hold(v, telling) for v in volumes], network, inferer.patch_size, device)
+    components = Components(network, center, projection, telling)
     moments = FeatureMoments(volumes[0].shape, float(grid["spacing"]), projection.shape[1])
     for i in range(len(dataset)):
         scan = dataset[i]["image"]
         moments.add(inferer(scan.as_tensor()[None].to(device), components)[0].cpu(), scan.as_tensor().cpu() > 0)
         print(f"embedding: {i + 1} of {len(dataset)} healthy scans", flush=True)
     affine, facts = np.asarray(scan.affine), {"subjects": i + 1, "made_from": made_from}
-    write_embedding(moments.fit(center, projection), path, model_file, contrast, grid, affine, facts)
+    embedding = replace(moments.fit(center, projection), telling=(float(telling[0]), float(telling[1])))
+    write_embedding(embedding, path, model_file, contrast, grid, affine, facts)
 
 
 def write_embedding(
@@ -307,6 +334,7 @@ def write_embedding(
         **facts,
         "grid": dict(grid),
         "edge": embedding.edge,
+        "telling": [limit if math.isfinite(limit) else None for limit in embedding.telling],
         "center": numbers(embedding.center),
         "projection": numbers(embedding.projection),
         "mean": index[0],
@@ -337,7 +365,9 @@ def load_embedding(path: str | Path, model_file: str | Path) -> Embedding:
             i, j = map(int, name.split(","))
             whitening[i, j] = values[0]
         center, projection = (torch.tensor(content[key], dtype=torch.float32) for key in ("center", "projection"))
-        return Embedding(center, projection, mean, whitening, int(content["edge"]))
+        # of a version before 0.12: all
+        lowest, highest = (whole if own is None else float(own) for own, whole in zip(content.get("telling", ALL), ALL))
+        return Embedding(center, projection, mean, whitening, int(content["edge"]), (lowest, highest))
     except DAMAGE as error:
         raise InputError(f"{path}: damaged embedding ({error!r}); run the calibration again") from error
 
@@ -402,5 +432,5 @@ class EmbeddingMapd(MapTransform):
             load_weights(self.network, model_file)
             self.network.to(self.device).eval()
             self._network_file = model_file
-        network = Components(self.network, found.center, found.projection).to(self.device)
+        network = Components(self.network, found.center, found.projection, found.telling).to(self.device)
         return self.inferer(volume[None].to(self.device), network)[0]

@@ -153,7 +153,7 @@ class PatchLocationInferer(Inferer):
             self._with_components = None
             if hasattr(network, "embed") and model_file and Path(embedding_file).is_file():
                 found = load_embedding(embedding_file, model_file)
-                self._with_components = Components(network, found.center, found.projection)
+                self._with_components = Components(network, found.center, found.projection, found.telling)
             self._loaded = network, model_file, embedding_file
         components = self._with_components
         needed = {"variance", "embedding"}

@@ -7,7 +7,15 @@ import torch
 
 from bundle.errors import InputError
 from bundle.inference import EmbeddingMapd, PatchLocationInferer, fit_embedding, load_embedding
-from bundle.inference.embedding import COMPONENTS, Components, Embedding, FeatureMoments, principal_components
+from bundle.inference.embedding import (
+    ALL,
+    COMPONENTS,
+    Components,
+    Embedding,
+    FeatureMoments,
+    hold,
+    principal_components,
+)
 from bundle.networks import PatchLocator, save_weights
 from tests.conftest import ellipsoid, meta
 
@@ -42,6 +50,18 @@ def test_dense_components_are_those_of_each_patch():
         expected = (net.embed(x)[0, :, 0, 0] - center) @ projection
         torch.testing.assert_close(dense[:, i, j, k], expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(net(x), torch.cat([net.location_head(net.embed(x)), net.variance_head(net.embed(x))], 1))
+
+
+def test_components_see_a_range_of_intensities_and_the_heads_all():
+    net, image, telling = network(), scans(1)[0]["image"].as_tensor()[None], (0.4, 0.7)
+    parts = torch.rand(24), torch.rand(24, 5)
+    inferer = PatchLocationInferer(8, output="location")
+    held = torch.where(BRAIN[None] > 0, image.clamp(*telling), 0)
+    assert (hold(image, telling) == held).all() and not (held == image).all()
+    found = inferer(image, Components(net, *parts, telling, behind=True))[0]
+    assert found.shape == (9, *SHAPE)
+    torch.testing.assert_close(found[:4], inferer(image, net)[0])
+    torch.testing.assert_close(found[4:], inferer(held, Components(net, *parts))[0])
 
 
 def test_components_are_those_of_the_patches_in_the_brain():
@@ -106,6 +126,15 @@ def test_written_read_and_bound_to_its_model(tmp_path):
     strange = meta(np.where(BRAIN[0] > 0, scan["image"][0] + 3 * (np.arange(14) > 9)[:, None, None], 0))
     assert add({"image": strange})["embedding"][0, 11, 8, 4] > 2 * usual[0, 11, 8, 4]
     assert "embedding" not in EmbeddingMapd("image", network(), inferer, model, tmp_path / "gone.json")(scan)
+    again = tmp_path / "embedding_held.json"
+    fit_embedding(scans(4), network(), inferer, again, model, "t1", GRID, telling=[0.4, 0.7])
+    assert (load_embedding(again, model).telling, load_embedding(path, model).telling) == ((0.4, 0.7), ALL)
+    add_held = EmbeddingMapd("image", network(), inferer, model, again)
+    held = {"image": hold(scan["image"], (0.4, 0.7))}
+    torch.testing.assert_close(add_held(held)["embedding"], add_held(scan)["embedding"])
+    older = {name: value for name, value in json.loads(path.read_text()).items() if name != "telling"}
+    path.write_text(json.dumps(older))
+    assert load_embedding(path, model).telling == ALL
     other = network()
     torch.nn.init.zeros_(other.location_head[0].weight)
     save_weights(other, tmp_path / "other.pt")
