@@ -259,9 +259,11 @@ def fit_embedding(
         telling: lowest and highest intensity that are told apart, see `hold`.
 
     Raises:
-        InputError: there is no model.
+        InputError: there is no model; a range that is none.
     """
     require_model(model_file)
+    if len(telling) != 2 or not 0 <= telling[0] < telling[1]:
+        raise InputError(f"telling_intensity: {list(telling)} is no range; name its ends, as in [0.2,0.6]")
     if not hasattr(network, "embed"):
         return
     if len(dataset) < _FEWEST:

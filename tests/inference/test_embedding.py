@@ -132,6 +132,8 @@ def test_written_read_and_bound_to_its_model(tmp_path):
     add_held = EmbeddingMapd("image", network(), inferer, model, again)
     held = {"image": hold(scan["image"], (0.4, 0.7))}
     torch.testing.assert_close(add_held(held)["embedding"], add_held(scan)["embedding"])
+    with pytest.raises(InputError, match="telling_intensity"):
+        fit_embedding(scans(4), network(), inferer, again, model, "t1", GRID, telling=[0.7, 0.4])
     older = {name: value for name, value in json.loads(path.read_text()).items() if name != "telling"}
     path.write_text(json.dumps(older))
     assert load_embedding(path, model).telling == ALL
