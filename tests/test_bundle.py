@@ -84,6 +84,27 @@ def test_no_link_of_the_documentation_is_dead():
             assert (ROOT / config).is_file(), f"{page.name}: {config}"
 
 
+def figures_of(page, label):
+    """First figure of each cell of the first row of a page's tables that begins with ``label``."""
+    row = re.search(rf"^\| {re.escape(label)} \|[ *]*\d.*", (ROOT / page).read_text(), re.MULTILINE)[0]
+    return [float(cell.strip(" *").split(" ")[0]) for cell in row.split("|")[2:-1]]
+
+
+def test_every_page_has_the_same_figures_of_the_real_patients():
+    rows = {"fusion": "fusion (default)", "location": "location alone", "atlas_z": "atlas z-score alone"}
+    results = {name: figures_of("docs/results.md", f"`{name}`") for name in (*rows, "intensity")}
+    card = {
+        name: figures_of("docs/README.md", f"AUPRC, {row}" if name == "fusion" else row) for name, row in rows.items()
+    }
+    assert card == {name: results[name] for name in rows}
+    assert figures_of("README.md", "this bundle") == results["fusion"]
+    assert figures_of("README.md", "baseline: z-score of the brightness") == results["atlas_z"]
+    assert figures_of("README.md", "baseline: brightness (T1w: darkness)") == results["intensity"]
+    told = json.loads((ROOT / "configs/metadata.json").read_text())["eval_metrics"]
+    of_fusion = [value for name, value in told.items() if name.endswith("fusion")]
+    assert of_fusion == results["fusion"][: len(of_fusion)]
+
+
 def test_one_version_everywhere():
     version = json.loads((ROOT / "configs/metadata.json").read_text())["version"]
     assert bundle.__version__ == version

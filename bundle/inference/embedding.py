@@ -122,7 +122,7 @@ class Components(nn.Module):
         if not self.behind:
             return components
         # the heads see what they were trained on
-        own = features if self.telling == ALL else self.network.embed(x)  # type: ignore[operator]
+        own = features if torch.equal(held, x) else self.network.embed(x)  # type: ignore[operator]
         return torch.cat([self.network.locate(own), components], 1)  # type: ignore[operator]
 
 
@@ -243,9 +243,9 @@ def fit_embedding(
     shard: str = "",
     telling: Sequence[float] = ALL,
 ) -> None:
-    """Fit an `Embedding` to healthy scans, one after the other, and write it, unless that of the same scans and model
-    lies there already: of several shards the first does it, and the others wait. Does nothing for a network without
-    ``embed``, or with fewer than three scans.
+    """Fit an `Embedding` to healthy scans, one after the other, and write it, unless that of the same scans, model and
+    range lies there already: of several shards the first does it, and the others wait. Does nothing for a network
+    without ``embed``, or with fewer than three scans.
 
     Args:
         dataset: ``image`` ``[1, H, W, D]``, normalised: of other people than those of the calibration.
@@ -262,8 +262,12 @@ def fit_embedding(
         InputError: there is no model; a range that is none.
     """
     require_model(model_file)
-    if len(telling) != 2 or not 0 <= telling[0] < telling[1]:
-        raise InputError(f"telling_intensity: {list(telling)} is no range; name its ends, as in [0.2,0.6]")
+    try:
+        lowest, highest = map(float, telling)
+    except (TypeError, ValueError):
+        lowest = highest = math.nan
+    if not 0 <= lowest < highest:
+        raise InputError(f"telling_intensity of {contrast}: {telling} is no range; name its ends, as in [0.2,0.6]")
     if not hasattr(network, "embed"):
         return
     if len(dataset) < _FEWEST:
@@ -271,7 +275,7 @@ def fit_embedding(
         return
     claim_folder(Path(path).parent, Shard.of(shard))
     with alone_in(Path(path).parent):
-        _fit(dataset, network, inferer, Path(path), model_file, contrast, grid, device, telling)
+        _fit(dataset, network, inferer, Path(path), model_file, contrast, grid, device, (lowest, highest))
 
 
 def _fit(
@@ -283,13 +287,13 @@ def _fit(
     contrast: str,
     grid: Mapping[str, Any],
     device: torch.device | str,
-    telling: Sequence[float],
+    telling: tuple[float, float],
 ) -> None:
     listed = [str(item.get("image")) for item in getattr(dataset, "data", [])]
-    made_of = [model_hash(model_file, contrast), dict(grid), listed, *map(float, telling)]
+    made_of = [model_hash(model_file, contrast), dict(grid), listed, *telling]
     made_from = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     if listed and path.is_file() and read_json(path, "embedding").get("made_from") == made_from:
-        print(f"{path}: of the same model and scans already", flush=True)
+        print(f"{path}: of the same model, range and scans already", flush=True)
         return
     load_weights(network, model_file)
     network.eval()
@@ -302,7 +306,7 @@ def _fit(
         moments.add(inferer(scan.as_tensor()[None].to(device), components)[0].cpu(), scan.as_tensor().cpu() > 0)
         print(f"embedding: {i + 1} of {len(dataset)} healthy scans", flush=True)
     affine, facts = np.asarray(scan.affine), {"subjects": i + 1, "made_from": made_from}
-    embedding = replace(moments.fit(center, projection), telling=(float(telling[0]), float(telling[1])))
+    embedding = replace(moments.fit(center, projection), telling=telling)
     write_embedding(embedding, path, model_file, contrast, grid, affine, facts)
 
 

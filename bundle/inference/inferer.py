@@ -93,7 +93,7 @@ class PatchLocationInferer(Inferer):
             does that by itself; MONAI Label hands over the weights of ``model.pt``, whatever the contrast. Of the
             contrast "auto": those of the ``contrast`` in each volume's ``meta``, which `TellContrastd` writes.
         embedding_file: of `fit_embedding`; likewise. Where there is one, the components of the embedding follow behind
-            the anomaly channels, ``[B, 2 + K, H, W, D]``: one pass of the network serves both (`EmbeddingMapd`).
+            the anomaly channels, ``[B, 2 + K, H, W, D]``: one call serves both (`EmbeddingMapd`).
         score, calibration: that is going to be made, of what; None: any. What it does not need is left at 0 and costs
             no time: the network's heads, its components, or the network itself.
 
