@@ -654,7 +654,7 @@ def test_an_embedding_takes_part_from_the_first_calibration_on(models, cohort, g
     content = json.loads((tmp_path / "calibration_t1.json").read_text())
     assert content["fusion"]["weights"] == {"atlas_z": 1.0, "embedding": 0.5}
     assert content["provenance"]["embedding_sha256"]
-    assert "of the same model and scans already" in succeed("calibration", "calibrate", grid_file, *use)
+    assert "of the same model, range and scans already" in succeed("calibration", "calibrate", grid_file, *use)
 
 
 def test_operating_points_and_quantiles(models, cohort, grid_file, tmp_path):
