@@ -112,7 +112,7 @@ class Components(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.center, self.projection = network, center, projection
-        self.telling, self.behind = tuple(telling), behind
+        self.telling, self.behind = telling, behind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         held = torch.cat([hold(x[:, :1], self.telling), x[:, 1:]], 1)
@@ -340,7 +340,7 @@ def write_embedding(
         **facts,
         "grid": dict(grid),
         "edge": embedding.edge,
-        "telling": [limit if math.isfinite(limit) else None for limit in embedding.telling],
+        **({} if embedding.telling == ALL else {"telling": embedding.telling}),
         "center": numbers(embedding.center),
         "projection": numbers(embedding.projection),
         "mean": index[0],
@@ -371,8 +371,7 @@ def load_embedding(path: str | Path, model_file: str | Path) -> Embedding:
             i, j = map(int, name.split(","))
             whitening[i, j] = values[0]
         center, projection = (torch.tensor(content[key], dtype=torch.float32) for key in ("center", "projection"))
-        # of a version before 0.12: all
-        lowest, highest = (whole if own is None else float(own) for own, whole in zip(content.get("telling", ALL), ALL))
+        lowest, highest = map(float, content.get("telling", ALL))
         return Embedding(center, projection, mean, whitening, int(content["edge"]), (lowest, highest))
     except DAMAGE as error:
         raise InputError(f"{path}: damaged embedding ({error!r}); run the calibration again") from error
