@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from bundle.networks import load_weights
 from bundle.parallel import Shard
 from bundle.scoring import require_model
 from bundle.scoring.calibration_file import DAMAGE, model_hash
+from bundle.transforms.normative import ALL, as_range, hold
 from bundle.transforms.sampling import slice_position
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ _SHRINKAGE, _PRIOR_VOXELS = 0.05, 5.0
 # patches of each of the first scans that the components are found from
 _PATCHES, _FIRST_SCANS = 5000, 8
 _FEWEST = 3  # scans that a covariance is found from
-ALL = (0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,6 @@ class Embedding:
         result = torch.zeros(size, device=components.device)
         result[inside[0]] = distance
         return result[None]
-
-
-def hold(image: torch.Tensor, telling: Sequence[float]) -> torch.Tensor:
-    """Hold the brain's intensities to a range; 0 is outside the brain, and stays. Beyond the range they tell more of
-    the person than of a lesion: how much fluid an old brain has, which is bright on T2w and dark on FLAIR, say.
-    """
-    return torch.where(image > 0, image.clamp(*telling), image)
 
 
 class Components(nn.Module):
@@ -262,12 +254,7 @@ def fit_embedding(
         InputError: there is no model; a range that is none.
     """
     require_model(model_file)
-    try:
-        lowest, highest = map(float, telling)
-    except (TypeError, ValueError):
-        lowest = highest = math.nan
-    if not 0 <= lowest < highest:
-        raise InputError(f"telling_intensity of {contrast}: {telling} is no range; name its ends, as in [0.2,0.6]")
+    telling = as_range(telling, contrast)
     if not hasattr(network, "embed"):
         return
     if len(dataset) < _FEWEST:
@@ -275,7 +262,7 @@ def fit_embedding(
         return
     claim_folder(Path(path).parent, Shard.of(shard))
     with alone_in(Path(path).parent):
-        _fit(dataset, network, inferer, Path(path), model_file, contrast, grid, device, (lowest, highest))
+        _fit(dataset, network, inferer, Path(path), model_file, contrast, grid, device, telling)
 
 
 def _fit(

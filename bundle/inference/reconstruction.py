@@ -60,9 +60,12 @@ class SliceMapd(MapTransform):
         self.network, self.model_file, self.device = network, Path(model_file), device
         self.contrast, self.output_key = contrast, output_key or self.name
         self.precision, self._loaded = precision, ""
+        self.facts: Mapping[str, Any] = {}
 
     def inputs(self, volume: torch.Tensor, contrast: str) -> list[torch.Tensor]:
-        """The volumes ``[1, H, W, D]`` of whose slices, and ``neighbours``, the network sees."""
+        """The volumes ``[1, H, W, D]`` of whose slices, and ``neighbours``, the network sees; ``facts`` are what its
+        weights tell of themselves.
+        """
         return [volume]
 
     def result(self, inputs: torch.Tensor, predicted: torch.Tensor, contrast: str) -> torch.Tensor:
@@ -77,7 +80,7 @@ class SliceMapd(MapTransform):
         if self._loaded != model_file:
             if not Path(model_file).is_file():
                 return d
-            load_weights(self.network, model_file)
+            self.facts = load_weights(self.network, model_file)
             self.network.to(self.device, memory_format=self.layout).eval()  # type: ignore[call-overload]
             self._loaded = model_file
         image = d[self.keys[0]]

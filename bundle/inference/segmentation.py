@@ -32,4 +32,5 @@ class SegmentationMapd(SliceMapd):
         self.normative, self.neighbours = normative, neighbours
 
     def inputs(self, volume: torch.Tensor, contrast: str) -> list[torch.Tensor]:
-        return with_normative(volume, load_normative(of_contrast(self.normative, contrast)), contrast)
+        normative = load_normative(of_contrast(self.normative, contrast))
+        return with_normative(volume, normative, contrast, self.facts.get("intensities") == "held")

@@ -45,8 +45,11 @@ def save_weights(
     write_torch(path, flat)
 
 
-def load_weights(network: Any, model_file: str | Path) -> None:
+def load_weights(network: Any, model_file: str | Path) -> dict[str, Any]:
     """Put a flat state dict into a network.
+
+    Returns:
+        the facts that `save_weights` was given (``about``).
 
     Raises:
         InputError: a file that is none, that of another network, or one that was trained on scans of another chain.
@@ -59,5 +62,7 @@ def load_weights(network: Any, model_file: str | Path) -> None:
             f"{model_file}: no weights of the configured {type(network).__name__}: damaged, of another network or "
             "grid, or more than numbers; take the configs that it was trained with, or train it again"
         ) from error
-    if getattr(weights, "_metadata", {}).get("", {}).get("chain") != CHAIN:
+    facts: dict[str, Any] = getattr(weights, "_metadata", {}).get("", {})
+    if facts.get("chain") != CHAIN:
         raise InputError(f"{model_file}: trained by an older version, on other intensities and slices; train it again")
+    return facts

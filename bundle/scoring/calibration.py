@@ -19,7 +19,16 @@ from bundle.data.own_volume import own_voxel_mm3
 from bundle.data.population import coarse_affine, coarsen, coarsening, population_maps
 from bundle.errors import InputError
 from bundle.shards import Records
-from bundle.transforms.normative import MATCHING, MEAN_MM, SPREAD_MM, NormativeMap, load_normative, normative_file
+from bundle.transforms.normative import (
+    ALL,
+    MATCHING,
+    MEAN_MM,
+    SPREAD_MM,
+    NormativeMap,
+    as_range,
+    load_normative,
+    normative_file,
+)
 
 from .anomaly import smooth_inside
 from .calibration_file import map_hashes, model_hash, save_calibration
@@ -47,6 +56,7 @@ def fit_calibration(
     persons: Sequence[str] | None = None,
     voxel_mm3: Sequence[float] | None = None,
     location: Sequence[str] = SCORES["location"].maps,
+    telling: tuple[float, float] = ALL,
 ) -> Calibration:
     """Fit maps and thresholds to healthy scans.
 
@@ -61,7 +71,8 @@ def fit_calibration(
         smoothing_mm: sigma of the Gaussian over the maps.
         filter_mm: sigma of the Gaussian over the anomaly channels and the embedding of each scan; other maps have their
             own, see `FILTER_MM`.
-        provenance, fusion, location: see `Calibration`; of the latter those that there are, or error and variance.
+        provenance, fusion, location, telling: see `Calibration`; of the location's maps those that there are, or error
+            and variance.
         maps: of other methods: name -> per scan ``[1, H, W, D]``.
         normative: mean and spread of the intensity, from other scans than these; None: from these.
         persons: whose each scan is; None: each another's.
@@ -92,7 +103,7 @@ def fit_calibration(
     filtered: list[dict[str, torch.Tensor]] = []
     for i, inside in enumerate(insides):
         own = {name: volumes[i] for name, volumes in maps.items()}
-        raw = raw_maps(channels[i], images[i], own, contrast, normative)
+        raw = raw_maps(channels[i], images[i], own, contrast, normative, telling)
         filtered.append({name: smooth_inside(volume, inside, sigmas[name]) for name, volume in raw.items()})
     location = [name for name in location if name in sigmas] or ["squared_error", "variance"]
     names = [name for name, score in SCORES.items() if name == "location" or set(score.maps) <= set(sigmas)]
@@ -112,7 +123,9 @@ def fit_calibration(
                 total = torch.stack([(coarse[m][rows] - fitted[m][0]) / fitted[m][1] for m in parts]).sum(0)
                 fitted[name] = population_maps(total, sigma)
         mean, spread = ({n: pair[k] for n, pair in fitted.items()} for k in (0, 1))
-        return Calibration(contrast, mean, spread, {}, sigmas, {}, normative, fusion, location=tuple(location))
+        return Calibration(
+            contrast, mean, spread, {}, sigmas, {}, normative, fusion, location=tuple(location), telling=telling
+        )
 
     everyone = range(len(images))
     scores: dict[str, list[torch.Tensor]] = {name: [] for name in (*names, *(["fusion"] if fusion else []))}
@@ -149,13 +162,13 @@ class FitCalibration:
         path: of the calibration (JSON).
         model_file: the model that the evaluator runs; its hash is stored.
         grid: ``spacing``, ``spatial_size``, ``center``, ``stride``; stored, and compared when the calibration is used.
-        contrast, smoothing_mm, filter_mm, fusion, location: see `fit_calibration`.
+        contrast, smoothing_mm, filter_mm, fusion, location, telling: see `fit_calibration`.
         maps: keys of other methods' maps; those that the scans have are calibrated too.
         paper: the channels are `paper_channels`: keep the thresholds of the paper's scores, too.
         records: of all scans; while other shards have some to do, nothing is fitted.
 
     Raises:
-        InputError: a scan that fails; several processes of ``torchrun``.
+        InputError: a scan that fails; several processes of ``torchrun``; ``telling`` is no range.
     """
 
     def __init__(
@@ -171,10 +184,11 @@ class FitCalibration:
         maps: Sequence[str] = (),
         paper: bool = False,
         location: Sequence[str] = SCORES["location"].maps,
+        telling: Sequence[float] = ALL,
     ) -> None:
         self.path, self.model_file, self.contrast, self.grid = path, model_file, contrast, dict(grid)
         self.smoothing_mm, self.filter_mm, self.fusion = smoothing_mm, filter_mm, fusion
-        self.paper, self.location = paper, location
+        self.paper, self.location, self.telling = paper, location, as_range(telling, contrast)
         self.maps, self.records = maps, records
 
     def attach(self, engine: Engine) -> None:
@@ -229,6 +243,7 @@ class FitCalibration:
             persons,
             voxel_mm3,
             self.location,
+            self.telling,
         )
         if self.paper:
             paper = paper_quantiles(channels, images, QUANTILES)

@@ -17,7 +17,7 @@ from bundle.data.datalist import CHAIN
 from bundle.data.files import CONTRASTS, calibrated_contrasts, file_hash, of_contrast, read_json, write_json
 from bundle.data.population import read_maps, write_maps
 from bundle.errors import InputError
-from bundle.transforms.normative import MATCHING, load_normative, normative_file
+from bundle.transforms.normative import ALL, MATCHING, load_normative, normative_file
 
 from .fusion import Fusion, replaced
 from .model_files import PARTS, part_file
@@ -64,6 +64,7 @@ def save_calibration(calibration: Calibration, path: str | Path, affine: np.ndar
             "contrast": calibration.contrast,
             "filter_sigma": dict(calibration.filter_sigma),
             "location": list(calibration.location),
+            **({} if calibration.telling == ALL else {"telling": calibration.telling}),
             "provenance": dict(calibration.provenance),
             "fusion": None if calibration.fusion is None else asdict(calibration.fusion),
             "quantiles": calibration.quantiles,
@@ -132,6 +133,7 @@ def load_calibration(
         )
         sigmas = {str(name): float(sigma) for name, sigma in content["filter_sigma"].items()}
         normative = load_normative(normative_file(Path(model_file).parent, content["contrast"]))
+        lowest, highest = map(float, content.get("telling", ALL))
         return Calibration(
             content["contrast"],
             mean,
@@ -143,6 +145,7 @@ def load_calibration(
             fusion,
             points,
             tuple(content["location"]),
+            (lowest, highest),
         )
     except DAMAGE as error:
         raise InputError(f"{path}: damaged calibration ({error!r}); run the calibration again") from error

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from bundle.errors import InputError
-from bundle.transforms.normative import LESION_SIGN, NormativeMap
+from bundle.transforms.normative import ALL, LESION_SIGN, NormativeMap, hold
 
 from .anomaly import fill_outside, smooth_inside
 from .fusion import Fusion
@@ -87,20 +87,23 @@ def raw_maps(
     maps: Mapping[str, torch.Tensor],
     contrast: str,
     normative: NormativeMap,
+    telling: tuple[float, float] = ALL,
 ) -> dict[str, torch.Tensor]:
     """The maps of one scan by name, ``[1, H, W, D]`` each, before any filter: `OWN_MAPS`, and ``maps``.
 
     "z" is the z-score of the intensity at its place, "asymmetry" the difference to the intensity at the mirrored place
     and "intensity" the intensity, all signed so that lesions are high. The mirror stands in the middle of the grid,
-    where the atlas' hemispheres meet; what has no brain opposite is as bright as its opposite.
+    where the atlas' hemispheres meet; what has no brain opposite is as bright as its opposite. The asymmetry is that of
+    intensities held to ``telling``: no two sides have fluid in the very same places.
     """
     sign = LESION_SIGN[contrast]
-    opposite = image.flip(1)
+    held = hold(image, telling)
+    opposite = held.flip(1)
     own = {
         "squared_error": channels[:1],
         "variance": channels[1:2],
         "z": normative.z(image, contrast, telling=True).clamp(*_Z_RANGE),
-        "asymmetry": sign * torch.where((image > 0) & (opposite > 0), image - opposite, 0.0),
+        "asymmetry": sign * torch.where((held > 0) & (opposite > 0), held - opposite, 0.0),
         "intensity": sign * image,
     }
     return {**own, **maps}
@@ -143,6 +146,7 @@ class Calibration:
         fusion: what "fusion" means.
         points: name of a score -> {name of an operating point: threshold}, see `bundle.scoring.operating`.
         location: the maps of the score "location" on this contrast.
+        telling: lowest and highest intensity that the asymmetry tells apart.
     """
 
     contrast: str
@@ -155,6 +159,7 @@ class Calibration:
     fusion: Fusion | None = None
     points: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     location: tuple[str, ...] = ("squared_error", "variance")
+    telling: tuple[float, float] = ALL
 
     @property
     def extra_maps(self) -> list[str]:
@@ -206,7 +211,7 @@ class Calibration:
         if self.normative is None:
             raise InputError("the calibration has no normative map")
         inside = image > 0
-        raw = raw_maps(channels, image, maps or {}, self.contrast, self.normative)
+        raw = raw_maps(channels, image, maps or {}, self.contrast, self.normative, self.telling)
         filtered = {
             m: smooth_inside(raw[m], inside, self.filter_sigma[m])
             for m in self.needed_maps(name)

@@ -19,7 +19,7 @@ from monai.transforms import MapTransform, Randomizable
 from scipy import ndimage
 
 from .intensity import LOWEST_BRAIN_INTENSITY
-from .normative import LESION_SIGN, load_normative
+from .normative import ALL, LESION_SIGN, load_normative
 
 _BORDER = 2  # voxels around a shape for its soft border
 
@@ -91,6 +91,7 @@ class Anomaliesd(MapTransform):
         likely_side: share of the anomalies that are changed to the lesions' side.
         least: see ``label_key``.
         seed: of the draws, beside the name of the file.
+        held: the network sees intensities held to a range (`with_normative`): a change beyond it cannot be seen.
     """
 
     def __init__(
@@ -106,11 +107,12 @@ class Anomaliesd(MapTransform):
         likely_side: float = 0.85,
         least: float = 1.0,
         seed: int = 0,
+        held: bool = False,
     ) -> None:
         super().__init__(keys)
         self.sign, self.normative, self.label_key = LESION_SIGN[contrast], normative, label_key
         self.number, self.diameter, self.spreads, self.amount = number, diameter, spreads, amount
-        self.likely_side, self.least, self.seed = likely_side, least, seed
+        self.likely_side, self.least, self.seed, self.held = likely_side, least, seed, held
 
     def generator(self, data: Mapping[Hashable, Any]) -> np.random.RandomState:
         """What the anomalies of this volume are drawn from."""
@@ -121,7 +123,8 @@ class Anomaliesd(MapTransform):
         given = d[self.keys[0]]
         image = np.array(torch.as_tensor(given)[0].cpu(), np.float32)
         healthy = image.copy()
-        spread = load_normative(self.normative).on(image.shape)[1][0].numpy()
+        normative = load_normative(self.normative)
+        spread, seen_range = normative.on(image.shape)[1][0].numpy(), normative.telling if self.held else ALL
         label = np.zeros(image.shape, bool)
         brain = np.flatnonzero(image)
         for _ in range(rng.randint(self.number[0], self.number[1] + 1) if len(brain) else 0):
@@ -137,7 +140,7 @@ class Anomaliesd(MapTransform):
                 self._target(healthy, image[box], soft, spread[box], low, rng), LOWEST_BRAIN_INTENSITY, None
             )
             image[box] += (soft * (there - image[box])).astype(np.float32)
-            change = np.abs(image[box] - healthy[box])
+            change = np.abs(image[box].clip(*seen_range) - healthy[box].clip(*seen_range))
             # of foreign texture, some voxels happen to be as they were
             seen = np.maximum(change, ndimage.uniform_filter(change, 3)) > self.least * spread[box]
             label[box] |= (soft >= 0.5) & seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # brightness between which a difference tells: fluid is darker on T1w, and brighter on T2w, than most lesions, so that
 # beyond it z-scores follow how much fluid an old brain has (chosen on planted tuning scans, docs/results.md)
 TELLING = {"t1": (0.35, 10.0), "t2": (0.0, 0.9)}
+ALL = (0.0, math.inf)
 # smoothing of mean and spread: more spreads cortex over white matter (docs/results.md)
 MEAN_MM, SPREAD_MM = 1.0, 1.6
 # voxels within so many spreads of what is expected at their place are taken for healthy, and their quantiles matched
@@ -46,6 +48,28 @@ _LOOKS, _AROUND_MM, _UNUSUAL, _LATTICE_MM, _FAR = 2, 8.0, 2.5, 4.0, 4.0
 _NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
 # of the subjects that must have brain at a place before it counts
 _LEAST_SHARE = 0.1
+
+
+def hold(image: torch.Tensor, telling: Sequence[float]) -> torch.Tensor:
+    """Hold the brain's intensities to a range; 0 is outside the brain, and stays. Beyond the range they tell more of
+    the person than of a lesion: how much fluid an old brain has, which is bright on T2w and dark on FLAIR, say.
+    """
+    return torch.where(image > 0, image.clamp(*telling), image)
+
+
+def as_range(telling: Any, contrast: str) -> tuple[float, float]:
+    """Lowest and highest intensity that are told apart, of the option ``telling_intensity``.
+
+    Raises:
+        InputError: that is no range.
+    """
+    try:
+        lowest, highest = map(float, telling)
+    except (TypeError, ValueError):
+        lowest = highest = math.nan
+    if not 0 <= lowest < highest:
+        raise InputError(f"telling_intensity of {contrast}: {telling} is no range; name its ends, as in [0.2,0.6]")
+    return lowest, highest
 
 
 @dataclass(frozen=True)
@@ -77,9 +101,15 @@ class NormativeMap:
         """
         usual, inside = [self.mean, self.spread], image > 0
         if telling and self.telling_mean is not None and self.telling_spread is not None:
-            usual, image = [self.telling_mean, self.telling_spread], image.clamp(*self.facts["telling"])
+            usual, image = [self.telling_mean, self.telling_spread], image.clamp(*self.telling)
         mean, spread = (m.to(image) for m in _on(usual, image.shape[1:]))
         return LESION_SIGN[contrast] * (image - mean) / spread * inside
+
+    @property
+    def telling(self) -> tuple[float, float]:
+        """The range of the intensities in which a difference tells; all where the contrast has none."""
+        lowest, highest = self.facts.get("telling", ALL)
+        return lowest, highest
 
     def match(self, image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.

@@ -17,7 +17,7 @@ from monai.transforms import MapTransform, Randomizable
 
 from bundle.data import collate_samples
 
-from .normative import NormativeMap, load_normative
+from .normative import NormativeMap, hold, load_normative
 
 
 def slice_position(index: Any, depth: int) -> Any:
@@ -109,9 +109,14 @@ def slabs(volumes: Sequence[torch.Tensor], slices: torch.Tensor, neighbours: int
     return torch.cat(found, 1)
 
 
-def with_normative(volume: torch.Tensor, normative: NormativeMap, contrast: str) -> list[torch.Tensor]:
-    """A volume ``[1, H, W, D]``, and its z-score (`NormativeMap.z`), bounded to [-4, 10] and divided by 4."""
-    return [volume, normative.z(volume, contrast).clamp(-4, 10) / 4]
+def with_normative(
+    volume: torch.Tensor, normative: NormativeMap, contrast: str, held: bool = False
+) -> list[torch.Tensor]:
+    """A volume ``[1, H, W, D]``, and its z-score (`NormativeMap.z`), bounded to [-4, 10] and divided by 4; both of
+    intensities in the range in which a difference tells, if they are ``held`` to it.
+    """
+    seen = hold(volume, normative.telling) if held else volume
+    return [seen, normative.z(volume, contrast, telling=held).clamp(-4, 10) / 4]
 
 
 class AxialSlabsd(MapTransform):
@@ -125,6 +130,7 @@ class AxialSlabsd(MapTransform):
         num_slices: how many, evenly spread over those that hold brain.
         neighbours: on each side.
         label_key: the mask ``[1, H, W, D]``.
+        held: see `with_normative`.
     """
 
     def __init__(
@@ -135,10 +141,11 @@ class AxialSlabsd(MapTransform):
         num_slices: int = 1,
         neighbours: int = 2,
         label_key: str = "label",
+        held: bool = False,
     ) -> None:
         super().__init__(keys)
         self.contrast, self.normative, self.label_key = contrast, normative, label_key
-        self.num_slices, self.neighbours = num_slices, neighbours
+        self.num_slices, self.neighbours, self.held = num_slices, neighbours, held
 
     def choose(self, candidates: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         """Pick ``num_slices`` of the slice indices ``candidates``; ``label`` is ``[1, H, W, D]``."""
@@ -149,7 +156,7 @@ class AxialSlabsd(MapTransform):
             v.as_tensor() if isinstance(v, MetaTensor) else v for v in (data[self.keys[0]], data[self.label_key])
         )
         chosen = self.choose(data["brain_slices"], label)
-        volumes = with_normative(volume, load_normative(self.normative), self.contrast)
+        volumes = with_normative(volume, load_normative(self.normative), self.contrast, self.held)
         images = slabs(volumes, chosen, self.neighbours)
         return [
             {self.keys[0]: image, self.label_key: label[..., k], **_name(data)}

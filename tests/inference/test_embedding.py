@@ -7,16 +7,9 @@ import torch
 
 from bundle.errors import InputError
 from bundle.inference import EmbeddingMapd, PatchLocationInferer, fit_embedding, load_embedding
-from bundle.inference.embedding import (
-    ALL,
-    COMPONENTS,
-    Components,
-    Embedding,
-    FeatureMoments,
-    hold,
-    principal_components,
-)
+from bundle.inference.embedding import COMPONENTS, Components, Embedding, FeatureMoments, principal_components
 from bundle.networks import PatchLocator, save_weights
+from bundle.transforms.normative import ALL, hold
 from tests.conftest import ellipsoid, meta
 
 SHAPE = (14, 16, 9)

@@ -6,7 +6,7 @@ from torch import nn
 from bundle.errors import InputError
 from bundle.inference import SegmentationMapd
 from bundle.networks import save_weights
-from bundle.transforms import NormalizeBrainIntensityd, fit_normative, load_normative
+from bundle.transforms import NormalizeBrainIntensityd, fit_normative, load_normative, with_normative
 from tests.conftest import ellipsoid, meta
 
 SHAPE = (12, 14, 9)
@@ -57,6 +57,22 @@ def test_the_network_sees_intensity_and_z_score_of_five_slices(models):
     out = mark(models, "t1")({"image": image})["segmentation"]
     np.testing.assert_allclose(out[0].numpy(), z_of(models, "t1", image, -1), rtol=1e-4, atol=1e-5)
     assert (out.affine == image.affine).all()
+
+
+def test_a_network_that_learned_on_held_intensities_sees_such(models, tmp_path):
+    maps = load_normative(models / "normative_t1.json")
+    mark(models, "t1")  # its weights tell nothing of intensities: all
+    for file in models.glob("normative_t1.*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_weights(Middle(), tmp_path / "segmentation_t1.pt", {"intensities": "held"})
+    image = scan(9)
+    image[0, 5, 6, 3] = 0.1  # as dark as fluid
+    out = mark(tmp_path, "t1")({"image": image})["segmentation"]
+    expected = maps.z(image.as_tensor(), "t1", telling=True).clamp(-4, 10) / 4
+    torch.testing.assert_close(out.as_tensor(), expected, rtol=1e-4, atol=1e-5)
+    assert expected[0, 5, 6, 3] < maps.z(image.as_tensor(), "t1").clamp(-4, 10)[0, 5, 6, 3] / 4
+    volumes = with_normative(image.as_tensor(), maps, "t1", held=True)
+    assert volumes[0][0, 5, 6, 3] == pytest.approx(0.35) and (volumes[0][image.as_tensor() == 0] == 0).all()
 
 
 def test_of_the_contrast_auto_each_scan_has_its_own_network_and_normative_map(models):

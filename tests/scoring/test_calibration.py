@@ -25,7 +25,7 @@ from bundle.scoring import (
 from bundle.scoring.calibration_file import CalibrationFile, model_hash
 from bundle.scoring.scores import OWN_MAPS, raw_maps, within_scan
 from bundle.transforms import NormativeMap, fit_normative
-from bundle.transforms.normative import MATCHING
+from bundle.transforms.normative import ALL, MATCHING
 from tests.conftest import ellipsoid
 
 SHAPE = (14, 16, 10)
@@ -100,14 +100,15 @@ def test_scores_are_what_they_are_called(healthy, calibration):
     assert np.corrcoef(bright[0].numpy()[weight > 0], (blur[0] / blur[1].clip(1e-6))[weight > 0])[0, 1] > 0.999
 
 
+@pytest.mark.parametrize("telling", [(0.0, 9.0), (0.5, 0.8)])
 @pytest.mark.parametrize("contrast, sign", [("t1", -1), ("flair", 1)])
-def test_asymmetry_is_the_difference_to_the_mirrored_place(calibration, contrast, sign):
+def test_asymmetry_is_the_difference_to_the_mirrored_place(calibration, contrast, sign, telling):
     image = torch.as_tensor(np.random.RandomState(5).uniform(0.2, 1.0, (1, 4, 3, 2)).astype(np.float32))
     image[0, 0, 1, 1] = 0  # no brain there: nothing to compare its opposite with
-    maps = raw_maps(torch.zeros(2, 4, 3, 2), image, {}, contrast, calibration.normative)
+    maps = raw_maps(torch.zeros(2, 4, 3, 2), image, {}, contrast, calibration.normative, telling)
     for i, j, k in np.ndindex(4, 3, 2):
         here, there = float(image[0, i, j, k]), float(image[0, 3 - i, j, k])
-        expected = sign * (here - there) if here and there else 0.0
+        expected = sign * (np.clip(here, *telling) - np.clip(there, *telling)) if here and there else 0.0
         assert float(maps["asymmetry"][0, i, j, k]) == pytest.approx(expected, abs=1e-6)
 
 
@@ -244,6 +245,9 @@ def test_saved_and_loaded_is_the_same_and_bound_to_its_model(tmp_path, healthy, 
     for name in loaded.mean:
         torch.testing.assert_close(loaded.mean[name], calibration.mean[name], atol=1e-3, rtol=1e-3)
     assert loaded.quantiles == calibration.quantiles and loaded.provenance["subjects"] == 12
+    assert loaded.telling == ALL
+    save_calibration(replace(bound, telling=(0.2, 0.6)), tmp_path / "held.json", np.eye(4))
+    assert load_calibration(tmp_path / "held.json", model, grid).telling == (0.2, 0.6)
     assert loaded.points == calibration.points and set(loaded.points["location"]) == set(POINTS)
     image = healthy[1][0]
     torch.testing.assert_close(loaded.intensity_z(image), calibration.intensity_z(image), atol=2e-2, rtol=2e-2)

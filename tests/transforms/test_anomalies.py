@@ -50,6 +50,18 @@ def test_what_is_marked_was_changed_and_the_rest_of_the_brain_was_not(normative)
         assert (out["image"].affine == image.affine).all()
 
 
+def test_what_a_network_of_held_intensities_cannot_see_is_not_marked(normative):
+    dark = meta(BRAIN * np.random.RandomState(0).uniform(0.05, 0.3, SHAPE))  # all below the range that tells
+    about = {"number": (3, 3), "diameter": (4.0, 10.0)}
+    every, seen = (
+        Anomaliesd("image", "t1", normative, **about, held=held)({"image": dark, "name": "a"}) for held in (False, True)
+    )
+    torch.testing.assert_close(every["image"], seen["image"])
+    assert 0 < seen["label"].sum() < every["label"].sum()
+    changed = (seen["image"].clamp(min=0.35) > dark.clamp(min=0.35))[seen["label"] > 0]
+    assert changed.float().mean() > 0.5
+
+
 def test_the_same_scan_gets_the_same_and_another_or_the_random_kind_others(normative):
     put, draw = (kind("image", "t1", normative, diameter=(4.0, 10.0)) for kind in (Anomaliesd, RandAnomaliesd))
     first, again, other = (put({"image": scan(), "name": name})["image"] for name in "aab")
