@@ -328,8 +328,8 @@ def bench_planted(chain: Chain, scans: list[dict[str, Any]], contrast: str, args
 def print_planted(contrast: str, cases: list[dict[str, Any]]) -> None:
     steps = [name for name in STEPS.values() if name in cases[0]]
     rows = []
-    for family in dict.fromkeys(case["family"] for case in cases):
-        some = [case for case in cases if case["family"] == family]
+    for family in (*dict.fromkeys(case["family"] for case in cases), "all"):
+        some = [case for case in cases if family in (case["family"], "all")]
         ml = [case["ml"] for case in some]
         row = [family, str(len(some)), f"{min(ml):.2g} to {max(ml):.2g}"]
         for step in steps:

@@ -254,7 +254,7 @@ def fit_embedding(
         InputError: there is no model; a range that is none.
     """
     require_model(model_file)
-    telling = as_range(telling, contrast)
+    telling = as_range(telling, f"telling_intensity of {contrast}")
     if not hasattr(network, "embed"):
         return
     if len(dataset) < _FEWEST:

@@ -105,7 +105,10 @@ def fit_calibration(
         own = {name: volumes[i] for name, volumes in maps.items()}
         raw = raw_maps(channels[i], images[i], own, contrast, normative, telling)
         filtered.append({name: smooth_inside(volume, inside, sigmas[name]) for name, volume in raw.items()})
-    location = [name for name in location if name in sigmas] or ["squared_error", "variance"]
+    wanted, location = location, [name for name in location if name in sigmas]
+    if not location:
+        location = ["squared_error", "variance"]
+        print(f"location: there is no {' or '.join(wanted)}; it is made of error and variance instead", flush=True)
     names = [name for name, score in SCORES.items() if name == "location" or set(score.maps) <= set(sigmas)]
     names += [name for name in maps if name not in SCORES]
     sums = {"location": location} | {n: list(SCORES[n].maps) for n in names if n in SCORES and n != "location"}
@@ -188,7 +191,7 @@ class FitCalibration:
     ) -> None:
         self.path, self.model_file, self.contrast, self.grid = path, model_file, contrast, dict(grid)
         self.smoothing_mm, self.filter_mm, self.fusion = smoothing_mm, filter_mm, fusion
-        self.paper, self.location, self.telling = paper, location, as_range(telling, contrast)
+        self.paper, self.location, self.telling = paper, location, as_range(telling, f"asymmetry_intensity of {contrast}")
         self.maps, self.records = maps, records
 
     def attach(self, engine: Engine) -> None:

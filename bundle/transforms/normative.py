@@ -57,8 +57,8 @@ def hold(image: torch.Tensor, telling: Sequence[float]) -> torch.Tensor:
     return torch.where(image > 0, image.clamp(*telling), image)
 
 
-def as_range(telling: Any, contrast: str) -> tuple[float, float]:
-    """Lowest and highest intensity that are told apart, of the option ``telling_intensity``.
+def as_range(telling: Any, option: str) -> tuple[float, float]:
+    """Lowest and highest intensity that are told apart, as ``option`` names them.
 
     Raises:
         InputError: that is no range.
@@ -68,7 +68,7 @@ def as_range(telling: Any, contrast: str) -> tuple[float, float]:
     except (TypeError, ValueError):
         lowest = highest = math.nan
     if not 0 <= lowest < highest:
-        raise InputError(f"telling_intensity of {contrast}: {telling} is no range; name its ends, as in [0.2,0.6]")
+        raise InputError(f"{option}: {telling} is no range; name its ends, as in [0.2,0.6]")
     return lowest, highest
 
 

@@ -199,7 +199,7 @@ def test_a_person_is_left_out_with_all_scans(healthy):
     assert fitted.threshold("variance", 0.99) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_calibration_says_what_a_score_needs(healthy):
+def test_the_calibration_says_what_a_score_needs(healthy, capsys):
     channels, images = healthy
     maps = {"embedding": [c[:1] for c in channels], "reconstruction": [c[1:] for c in channels]}
     fusion = Fusion("sum", {"atlas_z": 1.0, "location": 1.0, "reconstruction": 0.0})
@@ -216,6 +216,7 @@ def test_the_calibration_says_what_a_score_needs(healthy):
     )
     plain = fit_calibration(channels, images, "t1", 2.0, location=("embedding",))
     assert plain.needed_maps("location") == {"squared_error", "variance"}
+    assert capsys.readouterr().out == "location: there is no embedding; it is made of error and variance instead\n"
     with pytest.raises(InputError, match="map 'reconstruction' is missing for this scan"):
         fitted.score("reconstruction", channels[0], images[0])
 
