@@ -93,7 +93,7 @@ def test_shipped_weights_find_a_patients_lesions(contrast, patient26):
 def test_a_visits_contrasts_together_are_hardly_worse_than_the_best_alone(patient26):
     _, found = patient26
     together = next(auprc for contrast, (auprc, _) in found.items() if "+" in contrast)
-    assert len(found) == 4 and together > found["flair"][0] - 0.005
+    assert len(found) == 4 and together > found["flair"][0] - 0.002
 
 
 def test_a_lesion_that_one_contrast_of_a_visit_shows_is_not_lost(tmp_path):
