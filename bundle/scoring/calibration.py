@@ -191,7 +191,8 @@ class FitCalibration:
     ) -> None:
         self.path, self.model_file, self.contrast, self.grid = path, model_file, contrast, dict(grid)
         self.smoothing_mm, self.filter_mm, self.fusion = smoothing_mm, filter_mm, fusion
-        self.paper, self.location, self.telling = paper, location, as_range(telling, f"asymmetry_intensity of {contrast}")
+        self.paper, self.location = paper, location
+        self.telling = as_range(telling, f"asymmetry_intensity of {contrast}")
         self.maps, self.records = maps, records
 
     def attach(self, engine: Engine) -> None:
