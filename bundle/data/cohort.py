@@ -155,7 +155,11 @@ def _require_own_list(folder: Path, source_dir: Path) -> None:
         origins = [item["source"]["image"] for items in content.values() for item in items]
     except (AttributeError, KeyError, TypeError):  # a list that others made
         origins = ["/"]
-    if not all((folder / origin).resolve().is_relative_to(source_dir.resolve()) for origin in origins):
+    # as the paths are written, too: scans may be links to elsewhere
+    forms = (os.path.abspath, os.path.realpath)
+    if not all(
+        any(Path(form(folder / origin)).is_relative_to(form(source_dir)) for form in forms) for origin in origins
+    ):
         raise InputError(
             f"{file}: lists scans that are not of {source_dir}; choose another --dataset_dir, or remove it"
         )

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from bundle.data import Recipe, find_scans, load_recipe, prepare_cohort, split_people
+from bundle.data.cohort import _require_own_list
 from bundle.data.phantom import load_anatomy
 from bundle.errors import InputError
 from tests.conftest import ROOT, ellipsoid, run_bundle, write_nifti
@@ -162,6 +163,17 @@ def test_the_list_of_another_cohort_is_not_replaced(tmp_path, content):
     with pytest.raises(InputError, match="lists scans that are not of"):
         prepare_cohort(Recipe({"t1": "{subject}_t1.nii.gz"}), tmp_path / "raw", tmp_path / "out", dict)
     assert (tmp_path / "out/datalist.json").read_text() == content
+
+
+def test_a_list_of_scans_that_are_links_is_their_own(tmp_path):
+    touch(tmp_path, "elsewhere/a_t1.nii.gz", "raw/readme.txt", "out/datalist.json")
+    (tmp_path / "raw/a_t1.nii.gz").symlink_to(tmp_path / "elsewhere/a_t1.nii.gz")
+    (tmp_path / "link").symlink_to(tmp_path / "raw")
+    (tmp_path / "out/datalist.json").write_text('{"test": [{"source": {"image": "../raw/a_t1.nii.gz"}}]}')
+    _require_own_list(tmp_path / "out", tmp_path / "raw")
+    touch(tmp_path, "raw/b_t1.nii.gz")
+    (tmp_path / "out/datalist.json").write_text('{"test": [{"source": {"image": "../raw/b_t1.nii.gz"}}]}')
+    _require_own_list(tmp_path / "out", tmp_path / "link")
 
 
 def test_preparation_through_the_runner(tmp_path, grid_file):
