@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bundle.data import load_datalist  # noqa: E402
-from bundle.data.files import atomic_path, read_json, write_json  # noqa: E402
+from bundle.data.files import atomic_path, write_json  # noqa: E402
 from bundle.errors import report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision, count_lesions, recall_at_false_positives  # noqa: E402
 from bundle.reports.figure import FOUND_COLOUR, HEAT_RANGE, TRUE_COLOUR  # noqa: E402
@@ -216,7 +216,10 @@ def main() -> None:
     if args.filter_mm or args.fusion:
         fitted_to = list(bench.scans(args.healthy, "calibration"))
         maps = {name: [s.maps[name] for s in fitted_to] for name in fitted_to[0].maps}
-        location = read_json(ROOT / "configs/calibrate.json", "config")["location_maps"][args.contrast]
+        usual = ConfigParser()
+        usual.read_config(ROOT / "configs/calibrate.json")
+        choices = ("location_maps", "asymmetry_intensity")
+        location, telling = (usual.get_parsed_content(name)[args.contrast] for name in choices)
         for mm in args.filter_mm or [3.0]:
             calibrations[f"filter {mm:g} mm"] = {
                 text: fit_calibration(
@@ -229,6 +232,7 @@ def main() -> None:
                     fusion=fusion,
                     persons=[s.person for s in fitted_to],
                     location=location,
+                    telling=telling,
                     normative=load_normative(bench.parser.get_parsed_content("normative_file")),
                 )
                 for text, fusion in fusions.items()
