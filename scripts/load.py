@@ -81,9 +81,10 @@ def many(number: int, folder: Path) -> None:
         slope = np.polyfit(late[:, 0], late[:, 1], 1)[0]
         half = rows[:, 0] > number // 2
         most = [rows[part, 2].max() for part in (~half, half)]
+        growth = f"memory {slope:+.3f} MiB a scan, " if number >= 50 else ""  # of few scans it tells of the start alone
         print(
             f"{number} scans, {workers} workers: {seconds:.0f} s ({number / seconds:.1f} scans a second), peak {peak} "
-            f"MiB, memory {slope:+.3f} MiB a scan, open files at most {most[0]}, in the second half {most[1]}"
+            f"MiB, {growth}open files at most {most[0]}, in the second half {most[1]}"
         )
 
 
