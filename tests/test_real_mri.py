@@ -90,7 +90,7 @@ def test_shipped_weights_find_a_patients_lesions(contrast, patient26):
     assert found[contrast][0] == pytest.approx(fusion, abs=0.01)
 
 
-def test_a_visits_contrasts_together_are_hardly_worse_than_the_best_alone(patient26):
+def test_a_visits_contrasts_together_are_no_worse_than_the_best_alone(patient26):
     _, found = patient26
     together = next(auprc for contrast, (auprc, _) in found.items() if "+" in contrast)
     assert len(found) == 4 and together > found["flair"][0] - 0.002

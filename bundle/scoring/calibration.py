@@ -107,7 +107,7 @@ def fit_calibration(
         filtered.append({name: smooth_inside(volume, inside, sigmas[name]) for name, volume in raw.items()})
     wanted, location = location, [name for name in location if name in sigmas]
     if not location:
-        location = ["squared_error", "variance"]
+        location = list(SCORES["error_and_variance"].maps)
         print(f"location: there is no {' or '.join(wanted)}; it is made of error and variance instead", flush=True)
     names = [name for name, score in SCORES.items() if name == "location" or set(score.maps) <= set(sigmas)]
     names += [name for name in maps if name not in SCORES]
