@@ -46,6 +46,13 @@ def main() -> None:
         help="of the healthy scans, divided by subject; default: tuning and test as they are, or validation",
     )
     parser.add_argument("--given_mask", action="store_true", help="keep the healthy scan's brain mask")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="of the lesions, in [0, 1]; default: about as strong as real ones (bundle.data.planting.LESION_LOOK)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="of configs/prepare.json")
     args = parser.parse_args()
@@ -57,6 +64,7 @@ def main() -> None:
         args.contrast,
         args.section,
         args.given_mask,
+        strength=args.strength,
         seed=args.seed,
     )
     prepare(raw, args.output_dir, args.override)

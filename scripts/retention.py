@@ -60,7 +60,6 @@ STEPS = {
 }
 SPHERES_MM = (5, 10, 20, 40, 60)
 SIZES_ML = (0, 1, 10, 50, 200)
-STRENGTH = (0.5, 0.5)
 SHADING = 0.3
 LEAST_CONTRAST = 0.3  # spreads; what is planted fainter (fluid made dark) has no share that means anything
 
@@ -161,7 +160,14 @@ def soft_lesion(
     return share_of_voxels(sphere, sphere_affine, brain.shape, affine) * brain
 
 
-def follow_planted(chain: Chain, scan: dict[str, Any], what: Any, contrast: str, seed: list[int]) -> dict[str, float]:
+def follow_planted(
+    chain: Chain,
+    scan: dict[str, Any],
+    what: Any,
+    contrast: str,
+    seed: list[int],
+    strength: tuple[float, float] | None = None,
+) -> dict[str, float]:
     """Share of the contrast left after every step; ``planted`` is that contrast in spreads of the raw scan, ``ml`` the
     lesion's volume. Empty if the lesion does not show.
     """
@@ -169,7 +175,7 @@ def follow_planted(chain: Chain, scan: dict[str, Any], what: Any, contrast: str,
     image, affine, brain, to_atlas = read_raw(scan)
     soft = soft_lesion(what, brain, affine, to_atlas, rng)
     volume, inside, share = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image, brain, soft))
-    planted = plant_lesion(volume, inside, share, contrast, STRENGTH, rng)[0][0].numpy()
+    planted = plant_lesion(volume, inside, share, contrast, strength, rng)[0][0].numpy()
     first = planted_contrast(planted, image, soft, brain, affine)
     if not abs(first) >= LEAST_CONTRAST:
         return {}
@@ -312,7 +318,7 @@ def bench_planted(chain: Chain, scans: list[dict[str, Any]], contrast: str, args
         scan = scans[number % len(scans)]
         for attempt in range(5):  # a sphere that does not show, in fluid say, is put elsewhere
             try:
-                found = follow_planted(chain, scan, what, contrast, [args.seed, number, attempt])
+                found = follow_planted(chain, scan, what, contrast, [args.seed, number, attempt], args.strength)
             except Exception as error:  # one broken case must not stop the others
                 print(f"{scan['name']}, {family}: failed: {explain(error)}")
                 break
@@ -361,6 +367,13 @@ def main() -> None:
     )
     parser.add_argument("--contrast", nargs="+", default=list(LESION_LOOK), choices=LESION_LOOK)
     parser.add_argument("--section", default="test", help="of the healthy scans")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="of the lesions, in [0, 1]; default: about as strong as real ones (bundle.data.planting.LESION_LOOK)",
+    )
     parser.add_argument("--cases", type=int, default=4, help="of each family and size, and of variation")
     parser.add_argument("--ckpt_dir", default="", help="folder of models, for the chain of inference")
     parser.add_argument("--override", nargs="+", type=pair, default=[], metavar="NAME=VALUE", help="of the config")

@@ -22,7 +22,7 @@ from bundle.errors import InputError
 from .datalist import load_datalist
 from .files import claim_folder, read_json, write_json
 from .formats import is_nifti, stem
-from .planting import plant_lesion, share_of_voxels
+from .planting import LESION_LOOK, plant_lesion, share_of_voxels
 from .volumes import nifti_header, write_volume
 
 
@@ -118,7 +118,7 @@ def plant_masks(
     sections: Sequence[str] = (),
     given_mask: bool = False,
     volume_ml: tuple[float, float] = (0.3, 200.0),
-    strength: tuple[float, float] = (0.25, 0.75),
+    strength: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> Path:
     """Deal lesion masks out to the raw scans of healthy people, one per copy of a scan, and write the copies as a
@@ -171,7 +171,7 @@ def plant_masks(
                 "mask": f"{family}/{lesion}",
                 "mirrored": mirrored,
             }
-            facts |= {"seed": [seed, start, number], "strength": list(strength), "files": files}
+            facts |= {"seed": [seed, start, number], "strength": list(strength or LESION_LOOK[contrast].strength), "files": files}
             known = before.get(base, {})
             if {**known, **facts} == known and all((folder / file).is_file() for file in files.values()):
                 planted[base] = known

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy import ndimage
 
-# what a lesion's brightness tends to: a quantile of the brain's own intensities, and the range of factors on it.
-# T1w: nearly as dark as fluid; T2w: nearly as bright as fluid; FLAIR: brighter than any healthy tissue.
-LESION_LOOK = {"t1": (0.05, (0.5, 1.0)), "t2": (0.95, (0.8, 1.0)), "flair": (0.99, (1.0, 1.3))}
+
+
+class Look(NamedTuple):
+    """How lesions look in a contrast.
+
+    Attributes:
+        quantile, factors: what their brightness tends to: a quantile of the brain's own intensities, and the range of
+            factors on it.
+        strength: range of how far they go there, in [0, 1]: so far that planted lesions differ from healthy people about
+            as much as real ones do, or less (`scripts/retention.py --planted`).
+    """
+
+    quantile: float
+    factors: tuple[float, float]
+    strength: tuple[float, float]
+
+
+# T1w: nearly as dark as fluid; T2w: nearly as bright as fluid; FLAIR: brighter than any healthy tissue
+LESION_LOOK = {
+    "t1": Look(0.05, (0.5, 1.0), (0.25, 0.75)),
+    "t2": Look(0.95, (0.8, 1.0), (0.75, 1.0)),
+    "flair": Look(0.99, (1.0, 1.3), (0.75, 1.0)),
+}
 
 
 def plant_lesion(
@@ -18,7 +39,7 @@ def plant_lesion(
     brain_mask: torch.Tensor,
     soft: torch.Tensor,
     contrast: str,
-    strength: tuple[float, float],
+    strength: tuple[float, float] | None,
     rng: np.random.RandomState,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Blend a lesion into a scan: ``image + strength * soft * (lesion's brightness - image)``, so that the tissue's
@@ -28,17 +49,17 @@ def plant_lesion(
         image, brain_mask: ``[1, X, Y, Z]``.
         soft: ``[1, X, Y, Z]``, how much of each voxel is lesion, in [0, 1].
         contrast: one of `LESION_LOOK`.
-        strength: range that the strength is drawn from, in [0, 1].
+        strength: range that the strength is drawn from, in [0, 1]; None: the contrast's own.
         rng: draws strength and brightness.
 
     Returns:
         the scan with the lesion, and the lesion's mask (0 and 1; voxels of at least half lesion inside the brain).
     """
     inside = brain_mask > 0
-    quantile, factors = LESION_LOOK[contrast]
-    brightness = float(np.quantile(image[inside].numpy(), quantile)) * rng.uniform(*factors)
+    look = LESION_LOOK[contrast]
+    brightness = float(np.quantile(image[inside].numpy(), look.quantile)) * rng.uniform(*look.factors)
     soft = soft * inside
-    return image + rng.uniform(*strength) * soft * (brightness - image), (soft >= 0.5).to(image.dtype)
+    return image + rng.uniform(*(strength or look.strength)) * soft * (brightness - image), (soft >= 0.5).to(image.dtype)
 
 
 def share_of_voxels(mask: np.ndarray, mask_affine: np.ndarray, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
