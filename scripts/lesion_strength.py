@@ -1,8 +1,8 @@
 """How far the lesions of labelled scans lie from healthy people: planted ones should be as strong as real ones.
 
-For each prepared dataset and size, the mean z-score of every lesion (voxel-wise, against the normative map of the model,
-to the lesions' side), and that z-score minus the median of the brain 2 to 8 mm around the lesion. Of lesions of at least
-0.1 ml of the person's own volume. Prints Markdown.
+For each prepared dataset and size (at least 0.1 ml of the person's own volume) the mean z-score of every lesion,
+voxel-wise against the normative map of the model and to the lesions' side, and that minus the median of the brain 2 to
+8 mm around the lesion. Prints Markdown.
 """
 
 from __future__ import annotations

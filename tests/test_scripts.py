@@ -14,6 +14,7 @@ from bundle.data.files import write_json
 from bundle.scoring import Fusion
 from scripts import results_tables
 from scripts.choose_fusion import Case, area, choose, combinations
+from scripts.lesion_strength import lesion_strengths
 from tests.conftest import ROOT, run_here, write_nifti
 
 
@@ -98,3 +99,24 @@ def test_the_tables_of_the_results_are_made_of_the_evaluations(tmp_path):
     assert f"| `atlas_z` | {planted} |" in lines
     assert "| 0.1 to 1 ml | " + " | ".join(["3 of 8 (3)"] * 6) + " |" in lines
     assert "| `fusion` FLAIR, test | 1.2 | 0.5 | 0.06% |" in lines
+
+
+def test_the_strength_of_lesions_is_that_of_their_voxels_and_of_what_surrounds_them():
+    z, label = np.random.RandomState(0).normal(size=(20, 16, 12)), np.zeros((20, 16, 12), bool)
+    inside = np.ones_like(label)
+    inside[:4] = False
+    label[3:6, 4:6, 4:6] = label[12:14, 8:10, 5:7] = True  # one reaches out of the brain
+    found = list(lesion_strengths(z, label, inside, 2.0, 0.005))
+    assert len(found) == 2
+    places = np.argwhere(inside)
+    for (ml, mean, contrast), voxels in zip(found, ((4, 4, 4, 2), (12, 8, 5, 2))):
+        *start, width = voxels
+        lesion = np.array([np.add(start, corner) for corner in np.ndindex(width, 2, 2)])
+        assert ml == pytest.approx(0.005 * len(lesion))
+        values = z[tuple(lesion.T)]
+        distance = 2 * np.sqrt(((places[:, None] - lesion[None]) ** 2).sum(-1)).min(1)
+        around = places[(distance > 2) & (distance <= 8)]
+        around = around[~label[tuple(around.T)]]
+        assert mean == pytest.approx(values.mean())
+        assert contrast == pytest.approx(values.mean() - np.median(z[tuple(around.T)]))
+    assert not list(lesion_strengths(z, label & ~inside, inside, 2.0, 0.005))

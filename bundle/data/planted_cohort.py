@@ -171,7 +171,11 @@ def plant_masks(
                 "mask": f"{family}/{lesion}",
                 "mirrored": mirrored,
             }
-            facts |= {"seed": [seed, start, number], "strength": list(strength or LESION_LOOK[contrast].strength), "files": files}
+            facts |= {
+                "seed": [seed, start, number],
+                "strength": list(strength or LESION_LOOK[contrast].strength),
+                "files": files,
+            }
             known = before.get(base, {})
             if {**known, **facts} == known and all((folder / file).is_file() for file in files.values()):
                 planted[base] = known

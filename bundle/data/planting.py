@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from bundle.errors import InputError
 
 
 class Look(NamedTuple):
@@ -17,8 +18,8 @@ class Look(NamedTuple):
     Attributes:
         quantile, factors: what their brightness tends to: a quantile of the brain's own intensities, and the range of
             factors on it.
-        strength: range of how far they go there, in [0, 1]: so far that planted lesions differ from healthy people about
-            as much as real ones do, or less (`scripts/retention.py --planted`).
+        strength: range of how far they go there, in [0, 1]: so that planted lesions lie about as far from healthy
+            people as real ones do (`scripts/lesion_strength.py`, docs/results.md).
     """
 
     quantile: float
@@ -54,12 +55,18 @@ def plant_lesion(
 
     Returns:
         the scan with the lesion, and the lesion's mask (0 and 1; voxels of at least half lesion inside the brain).
+
+    Raises:
+        InputError: the strength is no range in [0, 1].
     """
-    inside = brain_mask > 0
-    look = LESION_LOOK[contrast]
+    inside, look = brain_mask > 0, LESION_LOOK[contrast]
+    least, most = strength or look.strength
+    if not 0 <= least <= most <= 1:
+        raise InputError(f"strength of lesions {least:g} to {most:g}: name a range in [0, 1], the least first")
     brightness = float(np.quantile(image[inside].numpy(), look.quantile)) * rng.uniform(*look.factors)
     soft = soft * inside
-    return image + rng.uniform(*(strength or look.strength)) * soft * (brightness - image), (soft >= 0.5).to(image.dtype)
+    planted = image + rng.uniform(least, most) * soft * (brightness - image)
+    return planted, (soft >= 0.5).to(image.dtype)
 
 
 def share_of_voxels(mask: np.ndarray, mask_affine: np.ndarray, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:

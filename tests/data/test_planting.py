@@ -9,7 +9,7 @@ from scipy import ndimage
 from bundle.data import find_scans, grid_affine, load_recipe
 from bundle.data.datalist import CHAIN
 from bundle.data.planted_cohort import plant_masks
-from bundle.data.planting import plant_lesion, share_of_voxels
+from bundle.data.planting import LESION_LOOK, plant_lesion, share_of_voxels
 from bundle.data.volumes import write_volume
 from bundle.errors import InputError
 from tests.conftest import ROOT
@@ -36,6 +36,11 @@ def test_lesions_look_as_the_sequence_shows_them(contrast, sign):
     assert torch.equal(planted[soft * brain == 0], image[soft * brain == 0])
     weak, _ = plant_lesion(image, brain, soft, contrast, (0.1, 0.2), np.random.RandomState(0))
     assert (weak - image).abs().mean() < (planted - image).abs().mean()
+    usual, _ = plant_lesion(image, brain, soft, contrast, None, np.random.RandomState(0))
+    same, _ = plant_lesion(image, brain, soft, contrast, LESION_LOOK[contrast].strength, np.random.RandomState(0))
+    assert torch.equal(usual, same)
+    with pytest.raises(InputError, match="range in"):
+        plant_lesion(image, brain, soft, contrast, (0.5, 2.0), np.random.RandomState(0))
 
 
 def test_shares_of_voxels_are_means_over_them():
