@@ -516,7 +516,7 @@ def test_fusion_of_our_maps_and_others(fused, cohort, grid_file, tmp_path):
     assert "[4/4] healthy" in out
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert list(metrics["methods"]) == [
-        *("fusion", "location", "reconstruction", "segmentation", "theirs", "embedding"),
+        *("fusion", "location", "reconstruction", "segmentation", "theirs", "asymmetry", "embedding"),
         *("atlas_z", "intensity", "intensity_opposite"),
         "all_positive",
     ]

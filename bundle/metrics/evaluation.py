@@ -28,7 +28,7 @@ SPACES = ("atlas", "native")
 class CompareMethodsd(MapTransform):
     """Add ``heatmap_NAME`` and ``lesion_NAME`` of every method that the score is compared with.
 
-    These are the location score, the parts of a fusion, the asymmetry and other maps that are calibrated and there, and
+    These are the location score, the parts of a fusion and the asymmetry, other maps that are calibrated and there, and
     `BASELINES`: ``intensity`` (dark is abnormal on T1w, bright on T2w and FLAIR), ``intensity_opposite`` (its other
     tail), ``atlas_z`` (unusually dark or bright for its place), ``all_positive`` (the whole brain, whose AUPRC is the
     lesions' share of it). Each is cut by the same rule on healthy scans and cleaned of small findings, as the score is.
@@ -49,11 +49,11 @@ class CompareMethodsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         calibration, score = self.calibration.load(), self.find_lesions.score
-        parts = list(calibration.fusion.weights) if score == "fusion" and calibration.fusion else []
+        parts = [*calibration.fusion.weights, "asymmetry"] if score == "fusion" and calibration.fusion else []
         if calibration.needed_maps("location") <= {*OWN_MAPS, *map(str, d)}:
             parts.insert(0, "location")
-        there = [name for name in ("asymmetry", *calibration.extra_maps) if name in OWN_MAPS or name in d]
-        for name in dict.fromkeys([*parts, *there, *BASELINES]):
+        brought = [name for name in calibration.extra_maps if name in d]
+        for name in dict.fromkeys([*parts, *brought, *BASELINES]):
             if name == score:
                 continue
             if name == "all_positive":
