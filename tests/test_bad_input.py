@@ -114,8 +114,8 @@ def bad_scans(folder, voxels, affine):
         "coarse": "lies badly on the atlas",  # a mask of 12 mm voxels
         "as_t2": "its tissues are not as bright as in a t1 scan, but as in t2",
     }
-    scaled = nib.Nifti1Image(np.round(voxels * 100).astype(np.int16), affine)
-    scaled.header.set_slope_inter(0.01, 0)
+    scaled = nib.Nifti1Image(np.round(voxels * 1000).astype(np.int16), affine)
+    scaled.header.set_slope_inter(0.001, 0)
     nib.save(scaled, folder / "scaled.nii.gz")
     flipped = affine @ np.array([[-1, 0, 0, voxels.shape[0] - 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]])
     save(folder / "flipped.nii.gz", voxels[::-1], flipped)
@@ -132,7 +132,8 @@ def test_a_folder_of_bad_scans(models, scan, grid_file, tmp_path):
     refused, flagged, fine = bad_scans(folder, scan[0], scan[1])
     use = ("--dataset_dir", folder, "--ckpt_dir", models, "--output_dir", out, "--skull_strip", "none")
     # phantoms have outlines of their own
-    use += ("--alignment", "none", "--bias_field", "none", "--brain_recovery", "none")
+    # (in bfloat16, which some processors choose, the last bit of an intensity can move a heatmap by a quarter)
+    use += ("--alignment", "none", "--bias_field", "none", "--brain_recovery", "none", "--precision", "float32")
     result = run_bundle("inference", "inference", grid_file, *use)
     assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
     with (out / "summary.csv").open(newline="") as table:
@@ -152,7 +153,7 @@ def test_a_folder_of_bad_scans(models, scan, grid_file, tmp_path):
     heatmaps = {n: nib.load(done[n] / f"{done[n].name}_heatmap.nii.gz").get_fdata() for n in same}
     for name, heatmap in heatmaps.items():
         straight = heatmap[::-1] if name == "flipped" else heatmap
-        np.testing.assert_allclose(straight, heatmaps["good"], atol=0.25 if name == "scaled" else 1e-4)
+        np.testing.assert_allclose(straight, heatmaps["good"], atol=0.05 if name == "scaled" else 1e-4)
     record = json.loads((out / "run.json").read_text())["inference"]
     assert record["overrides"]["alignment"] == record["config"]["alignment"] == "none"
     files = {f"{name}_t1.{ending}" for name in ("calibration", "normative") for ending in ("json", "nii.gz")}
