@@ -21,6 +21,17 @@ from bundle.data.planting import LESION_LOOK  # noqa: E402
 from bundle.errors import report_in_one_line  # noqa: E402
 
 
+def add_strength(parser: argparse.ArgumentParser) -> None:
+    """The option --strength, of all that plants lesions."""
+    parser.add_argument(
+        "--strength",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="of the lesions, in [0, 1]; default: about as strong as real ones (bundle.data.planting.LESION_LOOK)",
+    )
+
+
 def prepare(raw_dir: Path, dataset_dir: Path, overrides: list[str]) -> None:
     """Run the whole preparation (configs/prepare.json) over the planted scans."""
     parser = ConfigParser()
@@ -46,13 +57,7 @@ def main() -> None:
         help="of the healthy scans, divided by subject; default: tuning and test as they are, or validation",
     )
     parser.add_argument("--given_mask", action="store_true", help="keep the healthy scan's brain mask")
-    parser.add_argument(
-        "--strength",
-        type=float,
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-        help="of the lesions, in [0, 1]; default: about as strong as real ones (bundle.data.planting.LESION_LOOK)",
-    )
+    add_strength(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="of configs/prepare.json")
     args = parser.parse_args()

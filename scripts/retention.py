@@ -50,6 +50,7 @@ from bundle.metrics.retention import planted_contrast, real_contrast, robust_spr
 from bundle.reports.table import print_table  # noqa: E402
 from bundle.synthesis import coil_shading  # noqa: E402
 from bundle.transforms import load_normative, normative_file  # noqa: E402
+from scripts.plant_lesions import add_strength  # noqa: E402
 
 STEPS = {
     "BrainMaskd": "mask",
@@ -367,13 +368,7 @@ def main() -> None:
     )
     parser.add_argument("--contrast", nargs="+", default=list(LESION_LOOK), choices=LESION_LOOK)
     parser.add_argument("--section", default="test", help="of the healthy scans")
-    parser.add_argument(
-        "--strength",
-        type=float,
-        nargs=2,
-        metavar=("LEAST", "MOST"),
-        help="of the lesions, in [0, 1]; default: about as strong as real ones (bundle.data.planting.LESION_LOOK)",
-    )
+    add_strength(parser)
     parser.add_argument("--cases", type=int, default=4, help="of each family and size, and of variation")
     parser.add_argument("--ckpt_dir", default="", help="folder of models, for the chain of inference")
     parser.add_argument("--override", nargs="+", type=pair, default=[], metavar="NAME=VALUE", help="of the config")
