@@ -1,9 +1,11 @@
-from .contrast import TISSUE_ORDER, RandTissueContrastd, draw_brightness
+from .contrast import REGION_BRIGHTNESS, TISSUE_ORDER, RandTissueContrastd, draw_brightness
 from .scanner import RandCoilShadingd, RandSkullStripErrord, RandThickSlicesd, average_slices, coil_shading
-from .tissue import TISSUES, TissueFractionsd
+from .tissue import REGION_NAMES, TISSUES, TissueFractionsd
 from .writer import write_scans
 
 __all__ = [
+    "REGION_BRIGHTNESS",
+    "REGION_NAMES",
     "TISSUES",
     "TISSUE_ORDER",
     "RandCoilShadingd",

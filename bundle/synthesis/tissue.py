@@ -33,6 +33,30 @@ SCHEMES: dict[str, dict[str, set[int]]] = {
     },
 }
 
+# Parts of the brain that some sequences show brighter or darker than the rest of their tissue. "limbic": hippocampus, insula, anterior cingulate and the medial frontal
+# cortex beside it; "primary": visual, auditory and somatosensory cortex. FreeSurfer's scheme has one label for all cortex.
+REGIONS: dict[str, dict[str, set[int]]] = {
+    "dlmuse": {
+        "ventral_striatum": {23, 30, 186, 187},
+        "amygdala": {31, 32},
+        "limbic": {47, 48, *range(100, 104), 120, 121, 124, 125, 146, 147, 152, 153, 172, 173, 192, 193},
+        "caudate": {36, 37},
+        "pallidum": {55, 56},
+        "thalamus": {59, 60, 91, 92},
+        "primary": {71, 108, 109, 114, 115, 134, 135, 160, 161, 176, 177, 206, 207},
+    },
+    "freesurfer": {
+        "ventral_striatum": {26, 58},
+        "amygdala": {18, 54},
+        "limbic": {17, 53},
+        "caudate": {11, 50},
+        "pallidum": {13, 52},
+        "thalamus": {10, 49},
+        "primary": set(),
+    },
+}
+REGION_NAMES = tuple(REGIONS["dlmuse"])
+
 
 class TissueFractionsd(MapTransform):
     """Shares of `TISSUES` in every voxel, ``tissue`` ``[4, X, Y, Z]``, that sum to 1 in the brain and are 0 outside.
@@ -41,7 +65,8 @@ class TissueFractionsd(MapTransform):
     before the scan is looked at; where a T1w scan of the same head is there, its brightness decides between the
     tissues that are near (Bayes' rule, with a Gaussian around each tissue's median in this very scan). What is left
     over of the scan when the tissues are taken away, in units of its range from fluid to white matter, is ``texture``
-    ``[1, X, Y, Z]``; without a scan there is none. Brain voxels without a label are fluid.
+    ``[1, X, Y, Z]``; without a scan there is none. Brain voxels without a label are fluid. What of every voxel is solid
+    tissue of each of `REGIONS` is ``regions`` ``[7, X, Y, Z]``.
 
     Args:
         keys: the label map ``[1, X, Y, Z]``.
@@ -90,5 +115,9 @@ class TissueFractionsd(MapTransform):
         if has_scan:
             texture = ((scan - np.tensordot(median, share, 1)) / scale * inside)[None]
             d["texture"] = MetaTensor(torch.as_tensor(texture, dtype=torch.float32)).copy_meta_from(labels)
+        regions = (REGIONS[self.scheme][name] for name in REGION_NAMES)
+        where = np.stack([np.isin(values, list(r)).astype(np.float32) for r in regions])
+        where = ndimage.gaussian_filter(where, self.blur, axes=(1, 2, 3)) * (1 - share[TISSUES.index("csf")])
+        d["regions"] = MetaTensor(torch.as_tensor(where * inside, dtype=torch.float32)).copy_meta_from(labels)
         d["tissue"] = MetaTensor(torch.as_tensor(share, dtype=torch.float32)).copy_meta_from(labels)
         return d

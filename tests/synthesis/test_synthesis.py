@@ -10,6 +10,8 @@ from bundle.data import find_scans, load_recipe
 from bundle.data.volumes import write_volume
 from bundle.errors import InputError
 from bundle.synthesis import (
+    REGION_BRIGHTNESS,
+    REGION_NAMES,
     TISSUE_ORDER,
     TISSUES,
     RandCoilShadingd,
@@ -93,6 +95,39 @@ def test_tissues_are_ordered_as_in_the_sequence(anatomy, contrast):
         low, high = (TISSUE_ORDER[contrast][n] for n in (0, -1))
         assert found[low] == min(found.values()) and found[high] == max(found.values())
         assert ((image > 0) == (anatomy["brain_mask"][0] > 0)).all()
+
+
+def test_regions_are_those_of_their_labels_but_for_fluid(anatomy):
+    d = TissueFractionsd()(anatomy)
+    regions, labels = d["regions"].as_tensor(), anatomy["anatomy_label"][0].as_tensor()
+    assert regions.shape == (len(REGION_NAMES), 24, 24, 20) and regions.max() <= 1
+    thalamus, limbic = (regions[REGION_NAMES.index(name)] for name in ("thalamus", "limbic"))
+    assert thalamus[labels == LABELS["deep_grey"]].mean() > 0.6 and thalamus[labels == LABELS["grey"]].max() < 0.01
+    assert limbic[labels == LABELS["grey"]].mean() > 0.6
+    assert limbic[(d["tissue"][TISSUES.index("csf")] > 0.99) | (labels == 0)].max() < 0.01
+    others = [n for n, name in enumerate(REGION_NAMES) if name not in ("thalamus", "limbic")]
+    assert (regions[others] == 0).all()
+
+
+@pytest.mark.parametrize("contrast", TISSUE_ORDER)
+def test_regions_are_painted_between_a_third_and_a_little_more_than_what_was_measured(anatomy, contrast):
+    d = TissueFractionsd()(anatomy)
+    plain = {key: value for key, value in d.items() if key != "regions"}
+    paint = RandTissueContrastd(contrast=contrast)
+    shares = []
+    for seed in range(20):
+        drawn = draw_brightness(contrast, np.random.RandomState(seed))
+        with_regions, without = (paint.set_random_state(seed)(v)["image"].as_tensor() for v in (d, plain))
+        if contrast not in REGION_BRIGHTNESS:
+            assert torch.equal(with_regions, without)
+            continue
+        change = (with_regions - without)[0] / (max(drawn.values()) - min(drawn.values()))
+        for n, name in enumerate(REGION_NAMES):
+            whole = d["regions"][n].as_tensor() > 0.99
+            if whole.any():
+                shares += (change[whole] / REGION_BRIGHTNESS[contrast][name]).tolist()
+    if shares:
+        assert 0.29 < min(shares) < 0.5 and 1.1 < max(shares) < 1.31
 
 
 def test_scans_differ_by_seed_only(anatomy):
