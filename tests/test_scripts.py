@@ -15,6 +15,7 @@ from bundle.scoring import Fusion
 from scripts import results_tables
 from scripts.choose_fusion import Case, area, choose, combinations
 from scripts.lesion_strength import lesion_strengths
+from scripts.region_brightness import differences, region_masks
 from tests.conftest import ROOT, run_here, write_nifti
 
 
@@ -120,3 +121,16 @@ def test_the_strength_of_lesions_is_that_of_their_voxels_and_of_what_surrounds_t
         assert mean == pytest.approx(values.mean())
         assert contrast == pytest.approx(values.mean() - np.median(z[tuple(around.T)]))
     assert not list(lesion_strengths(z, label & ~inside, inside, 2.0, 0.005))
+
+
+def test_regions_are_where_most_people_have_them_and_their_brightness_is_a_median():
+    shares = np.zeros((4, 2, 6, 1, 1))
+    shares[:, 0, :2] = 1
+    shares[0, 0, 2] = 1  # one of four
+    shares[:2, 1, 4] = 0.5  # nobody has more of it anywhere
+    masks = region_masks(shares)
+    assert masks[0, :, 0, 0].tolist() == [True, True, False, False, False, False]
+    assert masks[1, :, 0, 0].tolist() == [False, False, False, False, True, False]
+    image = np.array([0.5, 0.9, 0.9, 0.9, 0.0, 0.9]).reshape(6, 1, 1)
+    found = differences(image, np.full((6, 1, 1), 0.6), masks)
+    assert found[0] == pytest.approx(np.median([-0.1, 0.3])) and np.isnan(found[1])

@@ -33,8 +33,9 @@ SCHEMES: dict[str, dict[str, set[int]]] = {
     },
 }
 
-# Parts of the brain that some sequences show brighter or darker than the rest of their tissue. "limbic": hippocampus, insula, anterior cingulate and the medial frontal
-# cortex beside it; "primary": visual, auditory and somatosensory cortex. FreeSurfer's scheme has one label for all cortex.
+# Parts of the brain that some sequences show brighter or darker than the rest of their tissue. "limbic": hippocampus,
+# insula, anterior cingulate and the medial frontal cortex beside it; "primary": visual, auditory and somatosensory
+# cortex. FreeSurfer's scheme has one label for all cortex.
 REGIONS: dict[str, dict[str, set[int]]] = {
     "dlmuse": {
         "ventral_striatum": {23, 30, 186, 187},
