@@ -5,8 +5,9 @@ found on the planted scan, as for a patient's, and serve both; field and normali
 is the lesion's contrast to its surroundings (`bundle.metrics.retention.planted_contrast`) after a step as a share of
 what a chain would leave that the lesion does not disturb: up to the grid, of what was planted; then, of the same change
 with the twin's own field and scale. So neither a field that rightly lifts a lesion in the dark nor a brain that is more
-even without its shading passes for a gain. What the mask cut off is lost. Whether a lesion pulls the registration is
-not seen here.
+even without its shading passes for a gain. What the mask cut off is lost; what the twin's own mask ("healthy mask")
+leaves of the same change tells whether the lesion is the cause. Whether a lesion pulls the registration is not seen
+here.
 
 Shading: raw scans are shaded by a sum of Gaussian coil sensitivities (+-30 % in the brain); the share of it that is
 gone after the bias correction. And the variation of white matter (where the atlas has little else) before and after it,
@@ -59,6 +60,7 @@ STEPS = {
     "CorrectBiasFieldd": "bias field",
     "NormalizeBrainIntensityd": "normalised",
 }
+HEALTHY_MASK = "healthy mask"  # the first step, of the twin alone
 SPHERES_MM = (5, 10, 20, 40, 60)
 SIZES_ML = (0, 1, 10, 50, 200)
 SHADING = 0.3
@@ -98,6 +100,10 @@ class Chain:
         for transform in self.load:
             data = transform(data)
         return data
+
+    def brain(self, file: Path | str) -> np.ndarray:
+        """Brain of a scan, ``[X, Y, Z]`` bool, as the first step finds it."""
+        return self.own[0](self.read(file))["brain_mask"].as_tensor()[0].numpy() > 0
 
     def follow(self, scan: Path | str, twin: Path | str, soft: Path | str | None = None) -> Iterator[Step]:
         """A scan, its twin and the lesion's share of voxels (files on one grid) through the chain."""
@@ -188,7 +194,11 @@ def follow_planted(
             write_volume(file, array.astype(np.float32), affine, nifti_header(scan["source"]["image"]))
         on_grid, kept, spread = None, 1.0, 1.0
         for step in chain.follow(files[0], scan["source"]["image"], files[1]):
-            if step.name == "grid":
+            if step.name == "mask":
+                healthy = chain.brain(scan["source"]["image"])
+                unchanged = planted_contrast(step.scan, step.twin, step.soft, healthy, step.affine, 1.0)
+                found[HEALTHY_MASK] = unchanged / expected
+            elif step.name == "grid":
                 on_grid = step
             elif step.name == "bias field" and on_grid is not None:
                 # the field of the twin on the planted change: it lifts a lesion in the dark, as it should
@@ -333,7 +343,7 @@ def bench_planted(chain: Chain, scans: list[dict[str, Any]], contrast: str, args
 
 
 def print_planted(contrast: str, cases: list[dict[str, Any]]) -> None:
-    steps = [name for name in STEPS.values() if name in cases[0]]
+    steps = [name for name in (HEALTHY_MASK, *STEPS.values()) if name in cases[0]]
     rows = []
     for family in (*dict.fromkeys(case["family"] for case in cases), "all"):
         some = [case for case in cases if family in (case["family"], "all")]

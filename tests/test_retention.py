@@ -3,6 +3,7 @@
 import json
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -29,10 +30,19 @@ def scan(cohort, tmp_path_factory):
 def test_a_lesion_is_followed_through_the_chain(scan):
     chain = retention.Chain("t1", "", {**SMALL, "bias_field": "none"})
     found = retention.follow_planted(chain, scan, 40, "t1", [0, 1])
-    assert list(found) == ["planted", "ml", *retention.STEPS.values()]
+    assert list(found) == ["planted", "ml", retention.HEALTHY_MASK, *retention.STEPS.values()]
     assert found["planted"] < -retention.LEAST_CONTRAST and 5 < found["ml"] <= 40
     assert found["mask"] == pytest.approx(1, abs=0.05) and found["bias field"] == pytest.approx(found["grid"])
     assert all(0.8 < found[step] < 1.2 for step in retention.STEPS.values()), found
+
+
+def test_what_the_healthy_mask_leaves_out_too_is_not_the_lesions_doing(scan, monkeypatch):
+    chain = retention.Chain("t1", "", {**SMALL, "bias_field": "none"})
+    whole, usual = chain.brain(scan["source"]["image"]), retention.follow_planted(chain, scan, 40, "t1", [0, 1])
+    assert whole.shape == nib.load(scan["image"]).shape and usual[retention.HEALTHY_MASK] == pytest.approx(usual["mask"])
+    monkeypatch.setattr(chain, "brain", lambda file: np.zeros_like(whole))
+    found = retention.follow_planted(chain, scan, 40, "t1", [0, 1])
+    assert found[retention.HEALTHY_MASK] == 0 and found["mask"] == pytest.approx(usual["mask"])
 
 
 def test_shading_is_planted_and_looked_for(scan):
