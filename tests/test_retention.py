@@ -39,7 +39,8 @@ def test_a_lesion_is_followed_through_the_chain(scan):
 def test_what_the_healthy_mask_leaves_out_too_is_not_the_lesions_doing(scan, monkeypatch):
     chain = retention.Chain("t1", "", {**SMALL, "bias_field": "none"})
     whole, usual = chain.brain(scan["source"]["image"]), retention.follow_planted(chain, scan, 40, "t1", [0, 1])
-    assert whole.shape == nib.load(scan["image"]).shape and usual[retention.HEALTHY_MASK] == pytest.approx(usual["mask"])
+    assert whole.shape == nib.load(scan["image"]).shape
+    assert usual[retention.HEALTHY_MASK] == pytest.approx(usual["mask"])
     monkeypatch.setattr(chain, "brain", lambda file: np.zeros_like(whole))
     found = retention.follow_planted(chain, scan, 40, "t1", [0, 1])
     assert found[retention.HEALTHY_MASK] == 0 and found["mask"] == pytest.approx(usual["mask"])
