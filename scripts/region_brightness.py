@@ -1,8 +1,8 @@
 """How much brighter or darker regions of the brain are in real scans than the normative map expects.
 
-So synthetic scans, which that map was made from, are held against real ones. The
-regions are those of the synthesis (`bundle.synthesis.tissue.REGIONS`), where most people of a prepared dataset with
-anatomical labels have them. The scans need no lesion masks: a median over a region leaves lesions out. Prints Markdown.
+So synthetic scans, which that map was made from, are held against real ones. The regions are those of the synthesis
+(`bundle.synthesis.tissue.REGIONS`), where most people of a prepared dataset with anatomical labels have them. The scans
+need no lesion masks: a median over a region leaves lesions out. Prints Markdown.
 """
 
 from __future__ import annotations
