@@ -60,7 +60,7 @@ STEPS = {
     "CorrectBiasFieldd": "bias field",
     "NormalizeBrainIntensityd": "normalised",
 }
-HEALTHY_MASK = "healthy mask"  # the first step, of the twin alone
+HEALTHY_MASK = "healthy mask"  # what the twin's own mask leaves of the same change
 SPHERES_MM = (5, 10, 20, 40, 60)
 SIZES_ML = (0, 1, 10, 50, 200)
 SHADING = 0.3
@@ -84,6 +84,7 @@ class Chain:
 
     def __init__(self, contrast: str, ckpt_dir: str, overrides: dict[str, Any]) -> None:
         self.ckpt_dir = ckpt_dir
+        self.brains: dict[Path | str, np.ndarray] = {}
         parser = ConfigParser()
         parser.read_config(str(ROOT / f"configs/{'inference' if ckpt_dir else 'prepare'}.json"))
         settings = {"contrast": contrast, "ckpt_dir": ckpt_dir} if ckpt_dir else {"dataset": "folder"}
@@ -102,8 +103,10 @@ class Chain:
         return data
 
     def brain(self, file: Path | str) -> np.ndarray:
-        """Brain of a scan, ``[X, Y, Z]`` bool, as the first step finds it."""
-        return self.own[0](self.read(file))["brain_mask"].as_tensor()[0].numpy() > 0
+        """Brain of a scan, ``[X, Y, Z]`` bool, as the first step finds it; found once for each file."""
+        if file not in self.brains:
+            self.brains[file] = self.own[0](self.read(file))["brain_mask"].as_tensor()[0].numpy() > 0
+        return self.brains[file]
 
     def follow(self, scan: Path | str, twin: Path | str, soft: Path | str | None = None) -> Iterator[Step]:
         """A scan, its twin and the lesion's share of voxels (files on one grid) through the chain."""

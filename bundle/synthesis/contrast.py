@@ -22,9 +22,9 @@ TISSUE_ORDER = {
     "flair": ("csf", "white", "deep_grey", "grey"),
 }
 # How much brighter than the rest of its tissue a region is, in units of the range from the darkest to the brightest
-# tissue, and between which shares of that a scan shows it. Limbic cortex has little myelin, primary cortex much, the
-# pallidum iron. Measured on eight real FLAIR scans of five people (docs/results.md); two of other scanners showed a
-# third. T2w scans differ less, and not alike.
+# tissue: as measured on eight real FLAIR scans of five people, but of the caudate a third, since fluid beside it blurs
+# that measure (docs/results.md). Limbic cortex has little myelin, primary cortex much, the pallidum iron. T2w scans
+# differ less, and not alike.
 REGION_BRIGHTNESS: dict[str, dict[str, float]] = {
     "flair": {
         "ventral_striatum": 0.3,
@@ -36,6 +36,7 @@ REGION_BRIGHTNESS: dict[str, dict[str, float]] = {
         "primary": -0.12,
     }
 }
+# between which shares of that a scan shows it: scans of other scanners show less, or nothing
 _SHOWN = (0.3, 1.3)
 
 
@@ -68,7 +69,7 @@ class RandTissueContrastd(MapTransform, Randomizable):
     """Paint tissue shares in a contrast: ``image`` ``[1, X, Y, Z]``, 0 outside the brain.
 
     Every tissue gets its drawn brightness, changed by up to ``variation`` over a few centimetres (myelin, iron, coils),
-    mixed by its share of the voxel. Regions differ from the rest of their tissue, each by a drawn share of its
+    mixed by its share of the voxel. On FLAIR regions differ from the rest of their tissue, each by a drawn share of its
     `REGION_BRIGHTNESS`. The scan's own texture comes on top, strengthened, weakened or inverted, and so says no more
     than that brains are not smooth.
 

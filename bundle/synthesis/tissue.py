@@ -33,9 +33,11 @@ SCHEMES: dict[str, dict[str, set[int]]] = {
     },
 }
 
-# Parts of the brain that some sequences show brighter or darker than the rest of their tissue. "limbic": hippocampus,
-# insula, anterior cingulate and the medial frontal cortex beside it; "primary": visual, auditory and somatosensory
-# cortex. FreeSurfer's scheme has one label for all cortex.
+# Parts of the brain that FLAIR scans show brighter or darker than the rest of their tissue, put together by how much
+# (scripts/region_brightness.py). To the ventral striatum goes the subcallosal cortex above it, to the thalamus the
+# anterior limb of the internal capsule. "limbic" are hippocampus, insula, anterior cingulate, frontal pole and the
+# medial frontal gyri; "primary" are visual, auditory and somatosensory cortex, and the upper vermis. FreeSurfer's
+# scheme has one label for all cortex, so its scans have neither bright nor dark cortex.
 REGIONS: dict[str, dict[str, set[int]]] = {
     "dlmuse": {
         "ventral_striatum": {23, 30, 186, 187},
@@ -66,8 +68,8 @@ class TissueFractionsd(MapTransform):
     before the scan is looked at; where a T1w scan of the same head is there, its brightness decides between the
     tissues that are near (Bayes' rule, with a Gaussian around each tissue's median in this very scan). What is left
     over of the scan when the tissues are taken away, in units of its range from fluid to white matter, is ``texture``
-    ``[1, X, Y, Z]``; without a scan there is none. Brain voxels without a label are fluid. What of every voxel is solid
-    tissue of each of `REGIONS` is ``regions`` ``[7, X, Y, Z]``.
+    ``[1, X, Y, Z]``; without a scan there is none. Brain voxels without a label are fluid. ``regions``
+    ``[7, X, Y, Z]`` are the shares of each voxel that are solid tissue of each of `REGIONS`.
 
     Args:
         keys: the label map ``[1, X, Y, Z]``.

@@ -12,6 +12,8 @@ from bundle.errors import InputError
 from bundle.synthesis import (
     REGION_BRIGHTNESS,
     REGION_NAMES,
+    REGIONS,
+    SCHEMES,
     TISSUE_ORDER,
     TISSUES,
     RandCoilShadingd,
@@ -120,14 +122,22 @@ def test_regions_are_painted_between_a_third_and_a_little_more_than_what_was_mea
         with_regions, without = (paint.set_random_state(seed)(v)["image"].as_tensor() for v in (d, plain))
         if contrast not in REGION_BRIGHTNESS:
             assert torch.equal(with_regions, without)
-            continue
         change = (with_regions - without)[0] / (max(drawn.values()) - min(drawn.values()))
         for n, name in enumerate(REGION_NAMES):
-            whole = d["regions"][n].as_tensor() > 0.99
-            if whole.any():
-                shares += (change[whole] / REGION_BRIGHTNESS[contrast][name]).tolist()
-    if shares:
-        assert 0.29 < min(shares) < 0.5 and 1.1 < max(shares) < 1.31
+            region, full = d["regions"][n].as_tensor(), REGION_BRIGHTNESS.get(contrast, {}).get(name, 1.0)
+            shares += (change / region / full)[region > 0.5].tolist()
+    expected = (0.3, 1.3) if contrast in REGION_BRIGHTNESS else (0.0, 0.0)
+    assert (min(shares), max(shares)) == pytest.approx(expected, abs=0.1)
+    assert min(shares) > expected[0] - 0.01 and max(shares) < expected[1] + 0.01
+
+
+def test_every_scheme_has_all_regions_and_no_label_twice():
+    assert all(tuple(regions) == REGION_NAMES for regions in REGIONS.values()) and set(REGIONS) == set(SCHEMES)
+    for scheme, regions in REGIONS.items():
+        labels = [label for group in regions.values() for label in group]
+        assert len(labels) == len(set(labels)) and set(labels) <= set().union(*SCHEMES[scheme].values())
+        assert not set(labels) & SCHEMES[scheme]["csf"]
+    assert all(set(brightness) == set(REGION_NAMES) for brightness in REGION_BRIGHTNESS.values())
 
 
 def test_scans_differ_by_seed_only(anatomy):
