@@ -65,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     report_in_one_line()
     normative = load_normative(normative_file(args.ckpt_dir, args.contrast))
-    anatomy = Compose(config_part("synthesis", "volumes", label_scheme=args.label_scheme))
+    anatomy = Compose(config_part("synthesis", "volumes", contrast="flair", label_scheme=args.label_scheme))
     people = load_datalist(args.anatomy_dir, "training", require=["anatomy_label"])[:PEOPLE]
     masks = region_masks(anatomy(person)["regions"].numpy() for person in people)
     preprocessing = config_part("evaluate", "preprocessing", ckpt_dir=args.ckpt_dir, contrast=args.contrast)

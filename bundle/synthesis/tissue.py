@@ -68,8 +68,8 @@ class TissueFractionsd(MapTransform):
     before the scan is looked at; where a T1w scan of the same head is there, its brightness decides between the
     tissues that are near (Bayes' rule, with a Gaussian around each tissue's median in this very scan). What is left
     over of the scan when the tissues are taken away, in units of its range from fluid to white matter, is ``texture``
-    ``[1, X, Y, Z]``; without a scan there is none. Brain voxels without a label are fluid. ``regions``
-    ``[7, X, Y, Z]`` are the shares of each voxel that are solid tissue of each of `REGIONS`.
+    ``[1, X, Y, Z]``; without a scan there is none. Brain voxels without a label are fluid. With ``regions``,
+    ``regions`` ``[7, X, Y, Z]`` are the shares of each voxel that are solid tissue of each of `REGIONS`.
 
     Args:
         keys: the label map ``[1, X, Y, Z]``.
@@ -77,6 +77,7 @@ class TissueFractionsd(MapTransform):
         image_key: T1w scan on the same grid, used if it is there.
         mask_key: brain mask.
         blur: sigma that the labels are smoothed with, voxels.
+        regions: make them; only contrasts of `REGION_BRIGHTNESS` use them.
 
     Raises:
         InputError: an unknown scheme, or a label map that holds not all tissues.
@@ -89,11 +90,13 @@ class TissueFractionsd(MapTransform):
         image_key: str = "image",
         mask_key: str = "brain_mask",
         blur: float = 0.6,
+        regions: bool = True,
     ) -> None:
         super().__init__(keys)
         if scheme not in SCHEMES:
             raise InputError(f"label_scheme '{scheme}' is unknown: use one of {', '.join(SCHEMES)}")
         self.scheme, self.image_key, self.mask_key, self.blur = scheme, image_key, mask_key, blur
+        self.regions = regions
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -118,9 +121,10 @@ class TissueFractionsd(MapTransform):
         if has_scan:
             texture = ((scan - np.tensordot(median, share, 1)) / scale * inside)[None]
             d["texture"] = MetaTensor(torch.as_tensor(texture, dtype=torch.float32)).copy_meta_from(labels)
-        regions = (REGIONS[self.scheme][name] for name in REGION_NAMES)
-        where = np.stack([np.isin(values, list(r)).astype(np.float32) for r in regions])
-        where = ndimage.gaussian_filter(where, self.blur, axes=(1, 2, 3)) * (1 - share[TISSUES.index("csf")])
-        d["regions"] = MetaTensor(torch.as_tensor(where * inside, dtype=torch.float32)).copy_meta_from(labels)
+        if self.regions:
+            regions = (REGIONS[self.scheme][name] for name in REGION_NAMES)
+            where = np.stack([np.isin(values, list(r)).astype(np.float32) for r in regions])
+            where = ndimage.gaussian_filter(where, self.blur, axes=(1, 2, 3)) * (1 - share[TISSUES.index("csf")])
+            d["regions"] = MetaTensor(torch.as_tensor(where * inside, dtype=torch.float32)).copy_meta_from(labels)
         d["tissue"] = MetaTensor(torch.as_tensor(share, dtype=torch.float32)).copy_meta_from(labels)
         return d

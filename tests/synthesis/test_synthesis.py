@@ -109,6 +109,7 @@ def test_regions_are_those_of_their_labels_but_for_fluid(anatomy):
     assert limbic[(d["tissue"][TISSUES.index("csf")] > 0.99) | (labels == 0)].max() < 0.01
     others = [n for n, name in enumerate(REGION_NAMES) if name not in ("thalamus", "limbic")]
     assert (regions[others] == 0).all()
+    assert "regions" not in TissueFractionsd(regions=False)(anatomy)
 
 
 @pytest.mark.parametrize("contrast", TISSUE_ORDER)
