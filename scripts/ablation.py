@@ -58,8 +58,7 @@ class Bench:
         self.parser.read_config(str(ROOT / "configs/evaluate.json"))
         settings = dict(item.split("=", 1) for item in overrides)
         settings |= {"bundle_root": str(ROOT), "ckpt_dir": ckpt_dir, "contrast": contrast}
-        for key, value in settings.items():
-            self.parser[key] = yaml.safe_load(value)
+        self.parser.update({key: yaml.safe_load(value) for key, value in settings.items()})
         self.preprocessing = self.parser.get_parsed_content("preprocessing")
         self.own_maps = self.parser.get_parsed_content("own_maps")
         self.inferer = self.parser.get_parsed_content("inferer")

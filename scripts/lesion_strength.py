@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from monai.bundle import ConfigParser
 from scipy import ndimage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +24,7 @@ from bundle.data.planting import LESION_LOOK  # noqa: E402
 from bundle.errors import report_in_one_line  # noqa: E402
 from bundle.reports.table import print_table  # noqa: E402
 from bundle.transforms import load_normative, normative_file  # noqa: E402
+from scripts.configs import config_part  # noqa: E402
 
 SIZES_ML = (0.1, 1.0, 10.0, np.inf)
 AROUND_MM = (2.0, 8.0)
@@ -54,11 +54,7 @@ def lesion_strengths(
 
 def strengths_of(dataset_dir: str, section: str, contrast: str, ckpt_dir: str) -> np.ndarray:
     """`lesion_strengths` of all scans of a section, ``[N, 3]``."""
-    parser = ConfigParser()
-    parser.read_config(str(ROOT / "configs/evaluate.json"))
-    for key, value in {"bundle_root": str(ROOT), "ckpt_dir": ckpt_dir, "contrast": contrast, "device": "cpu"}.items():
-        parser[key] = value
-    preprocessing = parser.get_parsed_content("preprocessing")
+    preprocessing = config_part("evaluate", "preprocessing", ckpt_dir=ckpt_dir, contrast=contrast)
     normative = load_normative(normative_file(ckpt_dir, contrast))
     rows: list[tuple[float, float, float]] = []
     for item in load_datalist(dataset_dir, section, contrast, ["label"]):

@@ -37,10 +37,9 @@ def prepare(raw_dir: Path, dataset_dir: Path, overrides: list[str]) -> None:
     parser = ConfigParser()
     parser.read_config(str(ROOT / "configs/prepare.json"))
     settings = dict(item.split("=", 1) for item in overrides)
-    for key, value in settings.items():
-        parser[key] = yaml.safe_load(value)
-    parser["bundle_root"], parser["dataset"] = str(ROOT), "planted"
-    parser["source_dir"], parser["dataset_dir"] = str(raw_dir), str(dataset_dir)
+    parser.update({key: yaml.safe_load(value) for key, value in settings.items()})
+    folders = {"source_dir": str(raw_dir), "dataset_dir": str(dataset_dir)}
+    parser.update({"bundle_root": str(ROOT), "dataset": "planted", **folders})
     parser.get_parsed_content("run")
 
 

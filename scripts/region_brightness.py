@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +25,7 @@ from bundle.errors import report_in_one_line  # noqa: E402
 from bundle.reports.table import print_table  # noqa: E402
 from bundle.synthesis import REGION_NAMES, SCHEMES, TISSUE_ORDER  # noqa: E402
 from bundle.transforms import load_normative, normative_file  # noqa: E402
+from scripts.configs import config_part  # noqa: E402
 
 PEOPLE = 20
 HIGH_Z = 3.0
@@ -43,15 +43,6 @@ def differences(image: np.ndarray, mean: np.ndarray, masks: np.ndarray) -> list[
     """Median over each region of intensity minus what is expected, ``[H, W, D]`` both; NaN without brain there."""
     places = (mask & (image > 0) for mask in masks)
     return [float(np.median((image - mean)[p])) if p.any() else np.nan for p in places]
-
-
-def config_part(config: str, name: str, **settings: str) -> Any:
-    """A part of one of the configs."""
-    parser = ConfigParser()
-    parser.read_config(str(ROOT / f"configs/{config}.json"))
-    for key, value in {"bundle_root": str(ROOT), "device": "cpu", **settings}.items():
-        parser[key] = value
-    return parser.get_parsed_content(name)
 
 
 def main() -> None:

@@ -32,7 +32,6 @@ import nibabel as nib
 import numpy as np
 import torch
 import yaml
-from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
 from tqdm import tqdm
@@ -51,6 +50,7 @@ from bundle.metrics.retention import planted_contrast, real_contrast, robust_spr
 from bundle.reports.table import print_table  # noqa: E402
 from bundle.synthesis import coil_shading  # noqa: E402
 from bundle.transforms import load_normative, normative_file  # noqa: E402
+from scripts.configs import config_part  # noqa: E402
 from scripts.plant_lesions import add_strength  # noqa: E402
 
 STEPS = {
@@ -85,12 +85,9 @@ class Chain:
     def __init__(self, contrast: str, ckpt_dir: str, overrides: dict[str, Any]) -> None:
         self.ckpt_dir = ckpt_dir
         self.brains: dict[Path | str, np.ndarray] = {}
-        parser = ConfigParser()
-        parser.read_config(str(ROOT / f"configs/{'inference' if ckpt_dir else 'prepare'}.json"))
+        config = "inference" if ckpt_dir else "prepare"
         settings = {"contrast": contrast, "ckpt_dir": ckpt_dir} if ckpt_dir else {"dataset": "folder"}
-        for key, value in {"bundle_root": str(ROOT), "device": "cpu", **settings, **overrides}.items():
-            parser[key] = value
-        chain = parser.get_parsed_content("preprocessing").transforms
+        chain = config_part(config, "preprocessing", **{**settings, **overrides}).transforms
         # the head with its skull is for pictures only
         kept = [t for t in chain if type(t).__name__ != "CopyItemsd" and getattr(t, "mask_key", "") is not None]
         names = [type(t).__name__ for t in kept]

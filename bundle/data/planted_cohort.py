@@ -148,6 +148,7 @@ def plant_masks(
         InputError: no masks, or none of the size; no scans, or without their raw files.
     """
     healthy = divide_people(dataset_dir, contrast, sections, seed)
+    strength = strength or LESION_LOOK[contrast].strength
     folders = [mask_dir] if isinstance(mask_dir, (str, Path)) else list(mask_dir)
     families = {Path(folder).name: read_masks(folder, volume_ml) for folder in folders}
     folder = Path(output_dir)
@@ -170,10 +171,8 @@ def plant_masks(
                 "scan": scan.get("source", {}).get("image", ""),
                 "mask": f"{family}/{lesion}",
                 "mirrored": mirrored,
-            }
-            facts |= {
                 "seed": [seed, start, number],
-                "strength": list(strength or LESION_LOOK[contrast].strength),
+                "strength": list(strength),
                 "files": files,
             }
             known = before.get(base, {})

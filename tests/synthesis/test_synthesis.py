@@ -27,6 +27,7 @@ from bundle.synthesis import (
     write_scans,
 )
 from bundle.transforms import LoadScand
+from scripts.configs import config_part
 from tests.conftest import ROOT, meta
 
 LABELS = {"csf": 51, "grey": 100, "deep_grey": 59, "white": 81}  # DLMUSE
@@ -139,6 +140,13 @@ def test_every_scheme_has_all_regions_and_no_label_twice():
         assert len(labels) == len(set(labels)) and set(labels) <= set().union(*SCHEMES[scheme].values())
         assert not set(labels) & SCHEMES[scheme]["csf"]
     assert all(set(brightness) == set(REGION_NAMES) for brightness in REGION_BRIGHTNESS.values())
+
+
+@pytest.mark.parametrize("contrast", TISSUE_ORDER)
+def test_the_config_makes_regions_where_a_contrast_shows_them(contrast):
+    volumes = config_part("synthesis", "volumes", contrast=contrast)
+    fractions = next(t for t in volumes if isinstance(t, TissueFractionsd))
+    assert fractions.regions == (contrast in REGION_BRIGHTNESS)
 
 
 def test_scans_differ_by_seed_only(anatomy):
