@@ -127,7 +127,7 @@ def training_rate(slices: list[torch.Tensor], stride: int | None, device: torch.
             samples = [dense({"image": s}) for s in slices]
         else:
             samples = [p for s in slices for p in patches({"image": s})]
-        image, label = (torch.stack([s[key] for s in samples]) for key in ("image", "label"))
+        image, label = (torch.stack([s[key] for s in samples]).to(device) for key in ("image", "label"))
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             pred = network(image)

@@ -132,6 +132,16 @@ def test_no_python_hides_in_the_configs():
             assert len(expression) <= 100, f"{file.name}: {expression}"
 
 
+def test_no_target_of_the_configs_is_a_module_too():
+    """From Python 3.12 on `pydoc.locate`, by which MONAI finds a target, finds the module."""
+    texts = [file.read_text() for file in [*(ROOT / "configs").glob("*.json"), *(ROOT / "configs/datasets").iterdir()]]
+    targets = {target for text in texts for target in re.findall(r'_target_"?: "?(bundle\.[\w.]+)', text)}
+    assert "bundle.scoring.model_files" in targets
+    for target in targets:
+        path = ROOT / target.replace(".", "/")
+        assert not path.is_dir() and not path.with_suffix(".py").exists(), target
+
+
 @pytest.mark.parametrize("name", ["train", "inference"])
 def test_network_matches_the_metadata(name):
     verify_net_in_out(

@@ -10,7 +10,7 @@ from .calibration_file import (
 )
 from .combination import combine_contrasts, excess_ml, leading_contrast, sees
 from .fusion import RULES, Fusion, usual_weights
-from .model_files import PARTS, model_files, part_file
+from .model_folder import PARTS, model_files, part_file
 from .operating import POINTS, operating_points
 from .paper import PAPER_SCORES
 from .scores import INTENSITY_SCORES, LESION_SIGN, SCORES, Calibration, Score

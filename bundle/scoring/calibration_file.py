@@ -20,7 +20,7 @@ from bundle.errors import InputError
 from bundle.transforms.normative import ALL, MATCHING, load_normative, normative_file
 
 from .fusion import Fusion, replaced
-from .model_files import PARTS, part_file
+from .model_folder import PARTS, part_file
 from .scores import Calibration
 
 # what reading files that are no longer whole raises

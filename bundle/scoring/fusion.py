@@ -11,7 +11,7 @@ from scipy import stats
 
 from bundle.errors import InputError
 
-from .model_files import PARTS, part_file
+from .model_folder import PARTS, part_file
 
 _RAW = ("uncalibrated", "intensity", "intensity_opposite")
 # What one map finds less unusual than usual must not take away what another has found: values below 0 count so little
