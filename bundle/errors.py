@@ -9,8 +9,11 @@ from collections.abc import Hashable, Mapping
 from types import TracebackType
 from typing import Any
 
+import monai
 import torch
-from monai.utils import OptionalImportError
+from monai.utils import OptionalImportError, version_geq
+
+_OLDEST_MONAI = "1.6"
 
 
 class InputError(Exception):
@@ -101,6 +104,12 @@ def report_in_one_line() -> None:
     """Make an uncaught `InputError`, or Ctrl-C, end the process with one line on stderr and its own exit code.
 
     The configs call this in ``initialize``: ``python -m monai.bundle run`` has no other place for it.
+
+    Raises:
+        InputError: a MONAI whose ``Affine`` and ``SpatialResample`` are up to a voxel off (its pull request 8690): all
+            would run, with wrong maps.
     """
     sys.excepthook = _one_line_hook
     logging.setLogRecordFactory(_without_trace)
+    if not version_geq(monai.__version__, _OLDEST_MONAI):
+        raise InputError(f"MONAI {monai.__version__} resamples wrongly: pip install 'monai>={_OLDEST_MONAI}'")

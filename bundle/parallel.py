@@ -45,10 +45,20 @@ def leave_processes() -> None:
 
 
 def local_device() -> torch.device:
-    """The GPU of this process; the CPU where there is none."""
+    """The GPU of this process; the CPU where there is none.
+
+    Raises:
+        InputError: more processes than GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    rank, number = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= number:
+        raise InputError(
+            f"process {rank + 1} has no GPU, of which there are {number}: start torchrun with"
+            f" --nproc_per_node={number}, or with CUDA_VISIBLE_DEVICES= before it, which takes the CPU"
+        )
+    return torch.device("cuda", rank)
 
 
 def distribute(network: nn.Module, device: torch.device) -> nn.Module:

@@ -101,18 +101,18 @@ def healthy(people, prepare, coarse, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "space"), [("brats21", "atlas"), ("mslub", "native"), ("atlas_v2", "atlas"), ("wmh", "native")]
+    ("dataset", "space"), [("brats21", "atlas"), ("mslub", "native"), ("atlas_v2", "atlas"), ("wmh", "native")]
 )
-def test_from_the_download_to_the_table(benchmark, space, people, prepare, healthy, coarse, tmp_path):
+def test_from_the_download_to_the_table(dataset, space, people, prepare, healthy, coarse, tmp_path):
     data, models = healthy
-    contrast, names = OFFICIAL[benchmark]
+    contrast, names = OFFICIAL[dataset]
     for number, person in enumerate(people[-PATIENTS:]):
         for kind, name in names(number).items():
             if number and kind not in (contrast, "seg", "brain"):
                 continue  # the other contrasts are read once, and not needed
             volume = np.round(person[kind]) if kind in ("seg", "brain") else person[kind]
             write_nifti(tmp_path / "raw" / name, volume, person["affine"])
-    prepare(benchmark, tmp_path / "raw", tmp_path / "data", "{'tuning':'rest','test':2}")
+    prepare(dataset, tmp_path / "raw", tmp_path / "data", "{'tuning':'rest','test':2}")
     use = ("--dataset_dir", tmp_path / "data", "--ckpt_dir", models, "--contrast", contrast, "--score", "fusion")
     out = tmp_path / "out"
     succeed("evaluation", "evaluate", coarse, *use, "--healthy_dir", data, "--space", space, "--output_dir", out)

@@ -33,7 +33,7 @@ PURPOSES = {
 }
 CHAINS = ["prepare", "train", "train_reconstruction", "train_segmentation", "calibrate", "evaluate"]
 # arguments that each config chooses for itself, and those that prepared data do not need
-OWN_ARGUMENTS = {"keys", "allow_missing_keys", "mode", "contrast"}
+OWN_ARGUMENTS = {"keys", "allow_missing_keys", "mode", "contrast", "device"}
 NOT_NEEDED = {"method", "device"}
 
 

@@ -1,4 +1,5 @@
 import logging
+from contextlib import nullcontext
 
 import pytest
 from monai.utils import optional_import
@@ -46,3 +47,15 @@ def test_logs_of_mistakes_have_no_traceback(caplog, monkeypatch):
     finally:
         logging.setLogRecordFactory(factory)
     assert [record.exc_info is None for record in caplog.records] == [True, False]
+
+
+@pytest.mark.parametrize(("version", "good"), [("1.5.2", False), ("1.6.0", True), ("1.10.1", True), ("2.0.0", True)])
+def test_a_monai_that_resamples_wrongly_is_refused(version, good, monkeypatch):
+    monkeypatch.setattr("sys.excepthook", None)
+    monkeypatch.setattr("monai.__version__", version)
+    factory = logging.getLogRecordFactory()
+    try:
+        with nullcontext() if good else pytest.raises(InputError, match="MONAI 1.5.2 .*pip install 'monai>=1.6'"):
+            report_in_one_line()
+    finally:
+        logging.setLogRecordFactory(factory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,9 +30,10 @@ def torchrun(run_id, config, overlay, grid_file, *overrides):
         "monai.bundle",
     ]
     command += ["run", run_id, "--config_file", files, *map(str, overrides)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    use = {"cwd": ROOT, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}}  # two GPUs are rarer than two processes
+    result = subprocess.run(command, **use, capture_output=True, text=True, timeout=900)
     if "terminate called without an active exception" in result.stderr:  # torch's threads, rarely, as a process ends
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+        result = subprocess.run(command, **use, capture_output=True, text=True, timeout=900)
     return result
 
 
@@ -95,3 +97,13 @@ def test_one_process_needs_no_group(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(InputError, match="torchrun"):
         join_processes()
+
+
+def test_more_processes_than_gpus_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert local_device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="process 2 has no GPU.*--nproc_per_node=1"):
+        local_device()
