@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -16,13 +17,14 @@ from monai.bundle import ConfigParser
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bundle.data.planted_cohort import plant_masks  # noqa: E402
+from bundle.data.planted_cohort import find_anatomies, plant_masks  # noqa: E402
 from bundle.data.planting import LESION_LOOK  # noqa: E402
-from bundle.errors import report_in_one_line  # noqa: E402
+from bundle.errors import InputError, report_in_one_line  # noqa: E402
+from bundle.synthesis import SCHEMES  # noqa: E402
 
 
-def add_strength(parser: argparse.ArgumentParser) -> None:
-    """The option --strength, of all that plants lesions."""
+def add_planting(parser: argparse.ArgumentParser) -> None:
+    """The options of all that plants lesions."""
     parser.add_argument(
         "--strength",
         type=float,
@@ -30,6 +32,23 @@ def add_strength(parser: argparse.ArgumentParser) -> None:
         metavar=("LEAST", "MOST"),
         help="of the lesions, in [0, 1]; default: about as strong as real ones (bundle.data.planting.LESION_LOOK)",
     )
+    parser.add_argument(
+        "--anatomy_dir",
+        default="",
+        help="prepared dataset with anatomical labels of the healthy people, whose fluid gets no lesion; default: what "
+        "labels the healthy dataset itself has",
+    )
+    parser.add_argument("--label_scheme", default="dlmuse", choices=SCHEMES, help="of those labels")
+
+
+def chosen_anatomies(anatomy_dir: str, dataset_dirs: Sequence[str | Path]) -> dict[str, str]:
+    """Of the named dataset, or of the healthy ones; that there are none is told."""
+    found = find_anatomies([anatomy_dir] if anatomy_dir else dataset_dirs)
+    if anatomy_dir and not found:
+        raise InputError(f"{anatomy_dir}: has no anatomical labels; name a dataset of which the preparation had some")
+    if not found:
+        print("no anatomical labels (--anatomy_dir): lesions can lie in fluid, where real ones do not")
+    return found
 
 
 def prepare(raw_dir: Path, dataset_dir: Path, overrides: list[str]) -> None:
@@ -56,7 +75,7 @@ def main() -> None:
         help="of the healthy scans, divided by subject; default: tuning and test as they are, or validation",
     )
     parser.add_argument("--given_mask", action="store_true", help="keep the healthy scan's brain mask")
-    add_strength(parser)
+    add_planting(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--override", nargs="*", default=[], metavar="NAME=VALUE", help="of configs/prepare.json")
     args = parser.parse_args()
@@ -70,6 +89,8 @@ def main() -> None:
         args.given_mask,
         strength=args.strength,
         seed=args.seed,
+        anatomies=chosen_anatomies(args.anatomy_dir, [args.dataset_dir]),
+        fluid=SCHEMES[args.label_scheme]["csf"],
     )
     prepare(raw, args.output_dir, args.override)
 

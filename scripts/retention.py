@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,17 +41,17 @@ sys.path.insert(0, str(ROOT))
 
 from bundle.data import list_scans, load_datalist  # noqa: E402
 from bundle.data.files import AUTO, read_json, write_json  # noqa: E402
-from bundle.data.planted_cohort import read_masks, read_raw  # noqa: E402
+from bundle.data.planted_cohort import read_masks, read_raw, without_fluid  # noqa: E402
 from bundle.data.planting import LESION_LOOK, plant_lesion, share_of_voxels  # noqa: E402
 from bundle.data.volumes import nifti_header, write_volume  # noqa: E402
 from bundle.errors import InputError, explain, report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
 from bundle.metrics.retention import planted_contrast, real_contrast, robust_spread, shading_removed, variation  # noqa: E402
 from bundle.reports.table import print_table  # noqa: E402
-from bundle.synthesis import coil_shading  # noqa: E402
+from bundle.synthesis import SCHEMES, coil_shading  # noqa: E402
 from bundle.transforms import load_normative, normative_file  # noqa: E402
 from scripts.configs import config_part  # noqa: E402
-from scripts.plant_lesions import add_strength  # noqa: E402
+from scripts.plant_lesions import add_planting, chosen_anatomies  # noqa: E402
 
 STEPS = {
     "BrainMaskd": "mask",
@@ -174,6 +174,8 @@ def follow_planted(
     contrast: str,
     seed: list[int],
     strength: tuple[float, float] | None = None,
+    anatomies: Mapping[str, str] | None = None,
+    fluid: Collection[int] = (),
 ) -> dict[str, float]:
     """Share of the contrast left after every step; ``planted`` is that contrast in spreads of the raw scan, ``ml`` the
     lesion's volume. Empty if the lesion does not show.
@@ -181,6 +183,7 @@ def follow_planted(
     rng = np.random.RandomState(seed)
     image, affine, brain, to_atlas = read_raw(scan)
     soft = soft_lesion(what, brain, affine, to_atlas, rng)
+    soft = without_fluid(soft, scan, to_atlas, anatomies or {}, fluid)
     volume, inside, share = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image, brain, soft))
     planted = plant_lesion(volume, inside, share, contrast, strength, rng)[0][0].numpy()
     first = planted_contrast(planted, image, soft, brain, affine)
@@ -325,11 +328,13 @@ def healthy_scans(dataset_dirs: list[str], contrast: str, section: str) -> list[
 def bench_planted(chain: Chain, scans: list[dict[str, Any]], contrast: str, args: Any) -> list[dict[str, Any]]:
     cases = []
     todo = list(lesions(dict(args.masks), args.cases))
+    fluid = SCHEMES[args.label_scheme]["csf"]
     for number, (family, what) in enumerate(tqdm(todo, desc=contrast, unit="lesion")):
         scan = scans[number % len(scans)]
         for attempt in range(5):  # a sphere that does not show, in fluid say, is put elsewhere
             try:
-                found = follow_planted(chain, scan, what, contrast, [args.seed, number, attempt], args.strength)
+                seed = [args.seed, number, attempt]
+                found = follow_planted(chain, scan, what, contrast, seed, args.strength, args.anatomies, fluid)
             except Exception as error:  # one broken case must not stop the others
                 print(f"{scan['name']}, {family}: failed: {explain(error)}")
                 break
@@ -378,7 +383,7 @@ def main() -> None:
     )
     parser.add_argument("--contrast", nargs="+", default=list(LESION_LOOK), choices=LESION_LOOK)
     parser.add_argument("--section", default="test", help="of the healthy scans")
-    add_strength(parser)
+    add_planting(parser)
     parser.add_argument("--cases", type=int, default=4, help="of each family and size, and of variation")
     parser.add_argument("--ckpt_dir", default="", help="folder of models, for the chain of inference")
     parser.add_argument("--override", nargs="+", type=pair, default=[], metavar="NAME=VALUE", help="of the config")
@@ -390,6 +395,7 @@ def main() -> None:
     for name in ("healthy", "masks", "real", "scans"):
         if not getattr(args, name):
             print(f"no --{name}: skipped")
+    args.anatomies = chosen_anatomies(args.anatomy_dir, args.healthy) if args.healthy else {}
     chains = {
         contrast: Chain(contrast, args.ckpt_dir, {k: yaml.safe_load(v) for k, v in args.override})
         for contrast in args.contrast

@@ -55,7 +55,7 @@ def test_a_monai_that_resamples_wrongly_is_refused(version, good, monkeypatch):
     monkeypatch.setattr("monai.__version__", version)
     factory = logging.getLogRecordFactory()
     try:
-        with nullcontext() if good else pytest.raises(InputError, match="MONAI 1.5.2 .*pip install 'monai>=1.6'"):
+        with nullcontext() if good else pytest.raises(InputError, match=r"MONAI 1\.5\.2 .*pip install 'monai>=1\.6'"):
             report_in_one_line()
     finally:
         logging.setLogRecordFactory(factory)

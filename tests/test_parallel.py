@@ -105,5 +105,5 @@ def test_more_processes_than_gpus_are_told(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert local_device() == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(InputError, match="process 2 has no GPU.*--nproc_per_node=1"):
+    with pytest.raises(InputError, match=r"process 2 has no GPU.*--nproc_per_node=1"):
         local_device()

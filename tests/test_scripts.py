@@ -10,11 +10,14 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
+from bundle.data.datalist import CHAIN
 from bundle.data.files import write_json
+from bundle.errors import InputError
 from bundle.scoring import Fusion
 from scripts import results_tables
 from scripts.choose_fusion import Case, area, choose, combinations
 from scripts.lesion_strength import lesion_strengths
+from scripts.plant_lesions import chosen_anatomies
 from scripts.region_brightness import differences, region_masks
 from tests.conftest import ROOT, run_here, write_nifti
 
@@ -32,6 +35,19 @@ def test_benchmark_reports_every_ratio(tmp_path):
     assert report["published_whole_slice"] > 0
     assert report["auprc"]["difference"] < 1e-9 and report["peak_memory_gib"] > 0
     assert "share of matmul" in result.stdout
+
+
+def test_that_lesions_may_lie_in_fluid_is_told(tmp_path, capsys):
+    for name, item in (("bare", {}), ("labelled", {"anatomy_label": "a.nii.gz", "person": "p"})):
+        write_nifti(tmp_path / name / "a.nii.gz", np.ones((2, 2, 2)))
+        item = {"image": "a.nii.gz", "contrast": "t1", "chain": CHAIN, **item}
+        write_json(tmp_path / name / "datalist.json", {"test": [item]})
+    bare, labelled = (str(tmp_path / name) for name in ("bare", "labelled"))
+    assert chosen_anatomies("", [bare]) == {} and "can lie in fluid" in capsys.readouterr().out
+    found = {"p": f"{labelled}/a.nii.gz"}
+    assert chosen_anatomies("", [bare, labelled]) == chosen_anatomies(labelled, [bare]) == found
+    with pytest.raises(InputError, match="bare: has no anatomical labels"):
+        chosen_anatomies(bare, [labelled])
 
 
 @pytest.mark.parametrize(("script", "option"), [("benchmark", "--head"), ("load", "--heads")])

@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from bundle.data import find_scans, grid_affine, load_recipe
 from bundle.data.datalist import CHAIN
-from bundle.data.planted_cohort import plant_masks
+from bundle.data.planted_cohort import find_anatomies, plant_masks, without_fluid
 from bundle.data.planting import LESION_LOOK, plant_lesion, share_of_voxels
 from bundle.data.volumes import write_volume
 from bundle.errors import InputError
@@ -135,6 +135,38 @@ def test_a_second_run_does_what_is_left_and_replaces_what_was_dealt_otherwise(be
     mask = nib.load(scans[0][0]["brain_mask"])
     share = mask.get_fdata().sum() * abs(np.linalg.det(TO_ATLAS @ RAW)) / (16 * 20 * 12 * 4**3)
     assert share == pytest.approx(1, abs=0.1)
+
+
+def test_no_lesion_lies_in_the_fluid_of_its_person(bench):
+    labels = np.full((20, 24, 16), 40, np.uint8)
+    labels[:, :12] = 4  # the cut goes through every mask
+    write_volume(bench / "healthy/labels.nii.gz", labels, GRID)
+    list_file = bench / "healthy/datalist.json"
+    items = json.loads(list_file.read_text())["validation"]
+    assert find_anatomies([bench / "healthy"]) == {}
+    list_file.write_text(json.dumps({"validation": [{**item, "anatomy_label": "labels.nii.gz"} for item in items]}))
+    anatomies = find_anatomies([bench / "healthy"])
+    assert anatomies == dict.fromkeys(("p0", "p1", "p2"), str(bench / "healthy/labels.nii.gz"))
+    soft = np.random.default_rng(0).random(RAW_SHAPE).astype(np.float32)
+    kept = without_fluid(soft, {"name": "s0", "person": "p0"}, TO_ATLAS @ RAW, anatomies, {4, 11})
+    place = np.indices(RAW_SHAPE).reshape(3, -1)
+    place = (np.linalg.inv(GRID) @ TO_ATLAS @ RAW @ [*place, np.ones(place.shape[1])])[:3].reshape(3, *RAW_SHAPE)
+    labelled = np.all([(p > 2) & (p < n - 3) for p, n in zip(place, labels.shape)], 0)
+    fluid = place[1] < 11.5
+    sure = labelled & (np.abs(place[1] - 11.5) > 2)
+    np.testing.assert_allclose(kept[sure], np.where(fluid, 0, soft)[sure], atol=1e-6)
+    assert without_fluid(soft, {"name": "s0"}, TO_ATLAS @ RAW, {}, {4}) is soft
+    with pytest.raises(InputError, match="s9: no anatomical labels of s9"):
+        without_fluid(soft, {"name": "s9"}, TO_ATLAS @ RAW, anatomies, {4})
+
+    use = (bench / "healthy", bench / "masks", bench / "out", "t1")
+    plant_masks(*use)
+    whole = {scan["subject"]: nib.load(scan["label"]).get_fdata() for scan, _, _ in planted(bench / "out")}
+    plant_masks(*use, anatomies=anatomies, fluid={4})
+    for scan, _, _ in planted(bench / "out"):
+        label = nib.load(scan["label"]).get_fdata()
+        assert not label[fluid & sure].any() and 0 < label.sum() < whole[scan["subject"]].sum()
+        assert not label[whole[scan["subject"]] == 0].any()
 
 
 def test_families_and_sections_are_told_apart(bench):
