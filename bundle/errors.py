@@ -13,7 +13,7 @@ import monai
 import torch
 from monai.utils import OptionalImportError, version_geq
 
-_OLDEST_MONAI = "1.6"
+OLDEST_MONAI = "1.6"
 
 
 class InputError(Exception):
@@ -79,6 +79,17 @@ def require_device(device: Any) -> None:
         raise InputError(f"device '{device}': PyTorch {torch.__version__} has no such GPU ({there}); use --device cpu")
 
 
+def require_monai() -> None:
+    """Where volumes are resampled: before 1.6 MONAI's transforms mistook corners of voxels for their centres (its pull
+    request 8690), so all would run, with wrong maps.
+
+    Raises:
+        InputError: an older MONAI, or one that does not tell its version.
+    """
+    if not version_geq(monai.__version__, OLDEST_MONAI):
+        raise InputError(f"MONAI {monai.__version__} resamples wrongly: pip install 'monai>={OLDEST_MONAI}'")
+
+
 def _one_line_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     known = find_input_error(error)
     if isinstance(error, KeyboardInterrupt):
@@ -104,12 +115,6 @@ def report_in_one_line() -> None:
     """Make an uncaught `InputError`, or Ctrl-C, end the process with one line on stderr and its own exit code.
 
     The configs call this in ``initialize``: ``python -m monai.bundle run`` has no other place for it.
-
-    Raises:
-        InputError: a MONAI whose ``Affine`` and ``SpatialResample`` are up to a voxel off (its pull request 8690): all
-            would run, with wrong maps.
     """
     sys.excepthook = _one_line_hook
     logging.setLogRecordFactory(_without_trace)
-    if not version_geq(monai.__version__, _OLDEST_MONAI):
-        raise InputError(f"MONAI {monai.__version__} resamples wrongly: pip install 'monai>={_OLDEST_MONAI}'")

@@ -17,7 +17,8 @@ from monai.bundle import ConfigParser
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bundle.data.planted_cohort import find_anatomies, plant_masks  # noqa: E402
+from bundle.data.anatomy import Anatomies  # noqa: E402
+from bundle.data.planted_cohort import plant_masks  # noqa: E402
 from bundle.data.planting import LESION_LOOK  # noqa: E402
 from bundle.errors import InputError, report_in_one_line  # noqa: E402
 from bundle.synthesis import SCHEMES  # noqa: E402
@@ -41,14 +42,16 @@ def add_planting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label_scheme", default="dlmuse", choices=SCHEMES, help="of those labels")
 
 
-def chosen_anatomies(anatomy_dir: str, dataset_dirs: Sequence[str | Path]) -> dict[str, str]:
+def chosen_anatomies(args: argparse.Namespace, healthy: Sequence[str | Path]) -> Anatomies | None:
     """Of the named dataset, or of the healthy ones; that there are none is told."""
-    found = find_anatomies([anatomy_dir] if anatomy_dir else dataset_dirs)
-    if anatomy_dir and not found:
-        raise InputError(f"{anatomy_dir}: has no anatomical labels; name a dataset of which the preparation had some")
+    found = Anatomies([args.anatomy_dir] if args.anatomy_dir else healthy, SCHEMES[args.label_scheme])
+    if args.anatomy_dir and not found:
+        raise InputError(
+            f"{args.anatomy_dir}: has no anatomical labels; name a dataset of which the preparation had some"
+        )
     if not found:
         print("no anatomical labels (--anatomy_dir): lesions can lie in fluid, where real ones do not")
-    return found
+    return found or None
 
 
 def prepare(raw_dir: Path, dataset_dir: Path, overrides: list[str]) -> None:
@@ -89,8 +92,7 @@ def main() -> None:
         args.given_mask,
         strength=args.strength,
         seed=args.seed,
-        anatomies=chosen_anatomies(args.anatomy_dir, [args.dataset_dir]),
-        fluid=SCHEMES[args.label_scheme]["csf"],
+        anatomies=chosen_anatomies(args, [args.dataset_dir]),
     )
     prepare(raw, args.output_dir, args.override)
 

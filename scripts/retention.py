@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,15 +40,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from bundle.data import list_scans, load_datalist  # noqa: E402
+from bundle.data.anatomy import Anatomies  # noqa: E402
 from bundle.data.files import AUTO, read_json, write_json  # noqa: E402
-from bundle.data.planted_cohort import read_masks, read_raw, without_fluid  # noqa: E402
+from bundle.data.planted_cohort import read_masks, read_raw  # noqa: E402
 from bundle.data.planting import LESION_LOOK, plant_lesion, share_of_voxels  # noqa: E402
 from bundle.data.volumes import nifti_header, write_volume  # noqa: E402
 from bundle.errors import InputError, explain, report_in_one_line  # noqa: E402
 from bundle.metrics import average_precision  # noqa: E402
 from bundle.metrics.retention import planted_contrast, real_contrast, robust_spread, shading_removed, variation  # noqa: E402
 from bundle.reports.table import print_table  # noqa: E402
-from bundle.synthesis import SCHEMES, coil_shading  # noqa: E402
+from bundle.synthesis import coil_shading  # noqa: E402
 from bundle.transforms import load_normative, normative_file  # noqa: E402
 from scripts.configs import config_part  # noqa: E402
 from scripts.plant_lesions import add_planting, chosen_anatomies  # noqa: E402
@@ -174,8 +175,7 @@ def follow_planted(
     contrast: str,
     seed: list[int],
     strength: tuple[float, float] | None = None,
-    anatomies: Mapping[str, str] | None = None,
-    fluid: Collection[int] = (),
+    anatomies: Anatomies | None = None,
 ) -> dict[str, float]:
     """Share of the contrast left after every step; ``planted`` is that contrast in spreads of the raw scan, ``ml`` the
     lesion's volume. Empty if the lesion does not show.
@@ -183,7 +183,7 @@ def follow_planted(
     rng = np.random.RandomState(seed)
     image, affine, brain, to_atlas = read_raw(scan)
     soft = soft_lesion(what, brain, affine, to_atlas, rng)
-    soft = without_fluid(soft, scan, to_atlas, anatomies or {}, fluid)
+    soft = anatomies.without_fluid(soft, scan, to_atlas) if anatomies else soft
     volume, inside, share = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image, brain, soft))
     planted = plant_lesion(volume, inside, share, contrast, strength, rng)[0][0].numpy()
     first = planted_contrast(planted, image, soft, brain, affine)
@@ -328,13 +328,14 @@ def healthy_scans(dataset_dirs: list[str], contrast: str, section: str) -> list[
 def bench_planted(chain: Chain, scans: list[dict[str, Any]], contrast: str, args: Any) -> list[dict[str, Any]]:
     cases = []
     todo = list(lesions(dict(args.masks), args.cases))
-    fluid = SCHEMES[args.label_scheme]["csf"]
+    for scan in scans if args.anatomies else []:
+        args.anatomies.file_of(scan)
     for number, (family, what) in enumerate(tqdm(todo, desc=contrast, unit="lesion")):
         scan = scans[number % len(scans)]
-        for attempt in range(5):  # a sphere that does not show, in fluid say, is put elsewhere
+        for attempt in range(5):  # a sphere that does not show is put elsewhere
             try:
                 seed = [args.seed, number, attempt]
-                found = follow_planted(chain, scan, what, contrast, seed, args.strength, args.anatomies, fluid)
+                found = follow_planted(chain, scan, what, contrast, seed, args.strength, args.anatomies)
             except Exception as error:  # one broken case must not stop the others
                 print(f"{scan['name']}, {family}: failed: {explain(error)}")
                 break
@@ -395,7 +396,7 @@ def main() -> None:
     for name in ("healthy", "masks", "real", "scans"):
         if not getattr(args, name):
             print(f"no --{name}: skipped")
-    args.anatomies = chosen_anatomies(args.anatomy_dir, args.healthy) if args.healthy else {}
+    args.anatomies = chosen_anatomies(args, args.healthy) if args.healthy else None
     chains = {
         contrast: Chain(contrast, args.ckpt_dir, {k: yaml.safe_load(v) for k, v in args.override})
         for contrast in args.contrast

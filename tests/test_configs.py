@@ -8,6 +8,8 @@ import itertools
 import json
 
 import pytest
+import torch
+from monai.bundle import ConfigParser
 
 from tests.conftest import ROOT
 
@@ -33,7 +35,7 @@ PURPOSES = {
 }
 CHAINS = ["prepare", "train", "train_reconstruction", "train_segmentation", "calibrate", "evaluate"]
 # arguments that each config chooses for itself, and those that prepared data do not need
-OWN_ARGUMENTS = {"keys", "allow_missing_keys", "mode", "contrast", "device"}
+OWN_ARGUMENTS = {"keys", "allow_missing_keys", "mode", "contrast"}
 NOT_NEEDED = {"method", "device"}
 
 
@@ -92,7 +94,19 @@ def test_every_chain_is_a_part_of_that_of_inference(name):
         assert set(match) - set(step) <= OWN_ARGUMENTS | not_needed, f"{name}.json: {step} lacks what inference has"
         for key in set(step) & set(match) - OWN_ARGUMENTS:
             by_recipe = isinstance(step[key], str) and step[key].startswith("$@recipe.")
-            assert by_recipe or step[key] == match[key], f"{name}.json: {key} of {step['_target_']}"
+            spawned = key == "device" and step[key] == "@device"  # its workers are no forks, and can use CUDA
+            assert by_recipe or spawned or step[key] == match[key], f"{name}.json: {key} of {step['_target_']}"
+
+
+@pytest.mark.parametrize("name", ["train", "train_reconstruction", "train_segmentation", "inference"])
+@pytest.mark.parametrize(("workers", "where"), [(0, "meta"), (2, "cpu")])
+def test_what_forked_workers_do_is_on_the_cpu(name, workers, where):
+    parser = ConfigParser(config(name))
+    parser.update({"device": "$torch.device('meta')", "num_workers": workers})
+    assert parser.get_parsed_content("samples_device") == torch.device(where)
+    steps = parser["to_device"] if name != "inference" else chain(parser.config)
+    devices = [step["device"] for step in steps if "device" in step]
+    assert devices == ["@samples_device"]
 
 
 @pytest.mark.parametrize("part", ["reconstruction", "segmentation"])

@@ -36,6 +36,22 @@ def test_a_lesion_is_followed_through_the_chain(scan):
     assert all(0.8 < found[step] < 1.2 for step in retention.STEPS.values()), found
 
 
+def test_a_lesion_stays_out_of_fluid(scan, tmp_path):
+    labels = nib.load(scan["brain_mask"])
+    for label in (1, 4):  # all tissue, all fluid
+        nib.save(
+            nib.Nifti1Image((labels.get_fdata() * label).astype(np.uint8), labels.affine), tmp_path / f"{label}.nii"
+        )
+    chain = retention.Chain("t1", "", {**SMALL, "bias_field": "none"})
+    anatomies = retention.Anatomies([], {"csf": {4}, "grey": {1}})
+    use = (chain, {**scan, "anatomy_label": str(tmp_path / "1.nii")}, 40, "t1", [0, 1])
+    assert retention.follow_planted(*use, anatomies=None) and not anatomies
+    anatomies.files["anybody"] = set()
+    assert retention.follow_planted(*use, anatomies=anatomies) == retention.follow_planted(*use)
+    use[1]["anatomy_label"] = str(tmp_path / "4.nii")
+    assert retention.follow_planted(*use, anatomies=anatomies) == {}
+
+
 def test_what_the_healthy_mask_leaves_out_too_is_not_the_lesions_doing(scan, monkeypatch):
     chain = retention.Chain("t1", "", {**SMALL, "bias_field": "none"})
     whole, usual = chain.brain(scan["source"]["image"]), retention.follow_planted(chain, scan, 40, "t1", [0, 1])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 import nibabel as nib
 import numpy as np
@@ -10,7 +11,6 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score
 
-from bundle.data.datalist import CHAIN
 from bundle.data.files import write_json
 from bundle.errors import InputError
 from bundle.scoring import Fusion
@@ -39,15 +39,14 @@ def test_benchmark_reports_every_ratio(tmp_path):
 
 def test_that_lesions_may_lie_in_fluid_is_told(tmp_path, capsys):
     for name, item in (("bare", {}), ("labelled", {"anatomy_label": "a.nii.gz", "person": "p"})):
-        write_nifti(tmp_path / name / "a.nii.gz", np.ones((2, 2, 2)))
-        item = {"image": "a.nii.gz", "contrast": "t1", "chain": CHAIN, **item}
-        write_json(tmp_path / name / "datalist.json", {"test": [item]})
+        write_json(tmp_path / name / "datalist.json", {"test": [{"image": "i.nii.gz", **item}]})
     bare, labelled = (str(tmp_path / name) for name in ("bare", "labelled"))
-    assert chosen_anatomies("", [bare]) == {} and "can lie in fluid" in capsys.readouterr().out
-    found = {"p": f"{labelled}/a.nii.gz"}
-    assert chosen_anatomies("", [bare, labelled]) == chosen_anatomies(labelled, [bare]) == found
+    own, named, wrong = (Namespace(anatomy_dir=d, label_scheme="dlmuse") for d in ("", labelled, bare))
+    assert chosen_anatomies(own, [bare]) is None and "can lie in fluid" in capsys.readouterr().out
+    for found in (chosen_anatomies(own, [bare, labelled]), chosen_anatomies(named, [bare])):
+        assert found.files == {"p": {f"{labelled}/a.nii.gz"}}
     with pytest.raises(InputError, match="bare: has no anatomical labels"):
-        chosen_anatomies(bare, [labelled])
+        chosen_anatomies(wrong, [labelled])
 
 
 @pytest.mark.parametrize(("script", "option"), [("benchmark", "--head"), ("load", "--heads")])

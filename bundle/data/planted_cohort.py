@@ -7,7 +7,7 @@ their own; what is reached here is no promise for patients.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from bundle.errors import InputError
 
+from .anatomy import Anatomies
 from .datalist import load_datalist
 from .files import claim_folder, read_json, write_json
 from .formats import is_nifti, stem
@@ -56,50 +57,6 @@ def read_raw(scan: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarra
     to_grid = np.linalg.inv(brain.affine) @ to_atlas
     share = ndimage.affine_transform(np.asarray(brain.dataobj, np.float32), to_grid, output_shape=volume.shape, order=1)
     return volume, affine, (share >= 0.5) & np.isfinite(volume), to_atlas
-
-
-def find_anatomies(dataset_dirs: Sequence[str | Path]) -> dict[str, str]:
-    """Files of anatomical labels by person, of prepared datasets; empty if they have none."""
-    files: dict[str, str] = {}
-    for folder in dataset_dirs:
-        content = read_json(Path(folder) / "datalist.json", "list of the dataset")
-        for section in (name for name, items in content.items() if isinstance(items, list)):
-            scans = load_datalist(folder, section)
-            files.update({person_of(s): s["anatomy_label"] for s in scans if s.get("anatomy_label")})
-    return files
-
-
-def person_of(scan: Mapping[str, Any]) -> str:
-    return str(scan.get("person", scan["name"]))
-
-
-def without_fluid(
-    soft: np.ndarray,
-    scan: Mapping[str, Any],
-    to_atlas: np.ndarray,
-    anatomies: Mapping[str, str],
-    fluid: Collection[int],
-) -> np.ndarray:
-    """A lesion without what would lie in the person's fluid, where a mask that was drawn in another brain, or a sphere,
-    can reach, but no lesion is.
-
-    Args:
-        soft: ``[X, Y, Z]``, how much of each voxel of the raw scan is lesion, in [0, 1].
-        scan: item of `load_datalist`.
-        to_atlas: from the scan's voxels to the atlas' world.
-        anatomies: of `find_anatomies`; where it is empty, ``soft`` stays as it is.
-        fluid: labels of fluid in them.
-
-    Raises:
-        InputError: there are anatomies, but none of this person.
-    """
-    if not anatomies:
-        return soft
-    if person_of(scan) not in anatomies:
-        raise InputError(f"{scan['name']}: no anatomical labels of {person_of(scan)} among those of the other people")
-    labels: Any = nib.load(anatomies[person_of(scan)])
-    inside = np.isin(np.asarray(labels.dataobj), list(fluid))
-    return soft * (1 - share_of_voxels(inside, labels.affine, soft.shape, to_atlas))
 
 
 def read_masks(mask_dir: str | Path, volume_ml: tuple[float, float]) -> list[tuple[str, float, np.ndarray, np.ndarray]]:
@@ -143,14 +100,14 @@ def divide_people(
         return {part: load_datalist(dataset_dir, part, contrast, ["brain_mask"]) for part in ("tuning", "test")}
     sections = sections or ["test" if content.get("test") else "validation"]
     scans = [scan for section in sections for scan in load_datalist(dataset_dir, section, contrast, ["brain_mask"])]
-    people = sorted({person_of(scan) for scan in scans})
+    people = sorted({scan.get("person", scan["name"]) for scan in scans})
     if len(people) < 2:
         raise InputError(f"{dataset_dir}: one person in {', '.join(sections)}; tuning and test need one each")
     np.random.RandomState(seed).shuffle(people)
     for_test = set(people[: len(people) // 2])
     halves: dict[str, list[dict[str, Any]]] = {"tuning": [], "test": []}
     for scan in scans:
-        halves["test" if person_of(scan) in for_test else "tuning"].append(scan)
+        halves["test" if scan.get("person", scan["name"]) in for_test else "tuning"].append(scan)
     return halves
 
 
@@ -164,8 +121,7 @@ def plant_masks(
     volume_ml: tuple[float, float] = (0.3, 200.0),
     strength: tuple[float, float] | None = None,
     seed: int = 0,
-    anatomies: Mapping[str, str] | None = None,
-    fluid: Collection[int] = (),
+    anatomies: Anatomies | None = None,
 ) -> Path:
     """Deal lesion masks out to the raw scans of healthy people, one per copy of a scan, and write the copies as a
     cohort that the recipe ``planted`` prepares: ``SECTION/NAME_CONTRAST.nii.gz`` and ``..._lesion.nii.gz`` in the
@@ -186,7 +142,7 @@ def plant_masks(
         volume_ml: masks that are smaller or larger are left out.
         strength: see `plant_lesion`.
         seed: of everything.
-        anatomies, fluid: see `without_fluid`; None: lesions may lie in fluid.
+        anatomies: of the healthy people, whose fluid gets no lesion; None: lesions may lie in fluid.
 
     Returns:
         the cohort's folder.
@@ -195,6 +151,9 @@ def plant_masks(
         InputError: no masks, or none of the size; no scans, or without their raw files; a person without anatomy.
     """
     healthy = divide_people(dataset_dir, contrast, sections, seed)
+    if anatomies:
+        for scan in (*healthy["tuning"], *healthy["test"]):
+            anatomies.file_of(scan)  # before any lesion is planted
     strength = strength or LESION_LOOK[contrast].strength
     folders = [mask_dir] if isinstance(mask_dir, (str, Path)) else list(mask_dir)
     families = {Path(folder).name: read_masks(folder, volume_ml) for folder in folders}
@@ -220,7 +179,7 @@ def plant_masks(
                 "mirrored": mirrored,
                 "seed": [seed, start, number],
                 "strength": list(strength),
-                "fluid": not anatomies,
+                "fluid": [anatomies.file_of(scan), *anatomies.fluid] if anatomies else [],
                 "files": files,
             }
             known = before.get(base, {})
@@ -230,7 +189,7 @@ def plant_masks(
             image, own_affine, brain, to_atlas = read_raw(scan)
             mirror = np.diag([-1.0 if mirrored else 1.0, 1, 1, 1])  # the atlas is symmetric about its midline
             soft = share_of_voxels(mask, mirror @ affine, image.shape, to_atlas)
-            soft = without_fluid(soft, scan, to_atlas, anatomies or {}, fluid)
+            soft = anatomies.without_fluid(soft, scan, to_atlas) if anatomies else soft
             volume, inside, lesion_share = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image, brain, soft))
             changed, label = plant_lesion(volume, inside, lesion_share, contrast, strength, rng)
             if not label.any():  # too small for the scan's voxels, or outside its brain's tissue

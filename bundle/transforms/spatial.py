@@ -15,7 +15,7 @@ from monai.utils import TraceKeys, ensure_tuple_rep
 from scipy import ndimage
 
 from bundle.data.atlas import grid_affine
-from bundle.errors import InputError
+from bundle.errors import InputError, require_monai
 
 
 def gaussian_blur(volume: torch.Tensor, sigma: Sequence[float]) -> torch.Tensor:
@@ -45,9 +45,13 @@ class ResampleToGrid(SpatialResample):
         spacing: mm.
         spatial_size: voxels of the grid.
         center: of the grid, atlas mm.
+
+    Raises:
+        InputError: a MONAI that resamples wrongly.
     """
 
     def __init__(self, spacing: float, spatial_size: Sequence[int], center: Sequence[float]) -> None:
+        require_monai()
         super().__init__(padding_mode="zeros", align_corners=True, dtype=np.float32)
         self.spacing = float(spacing)
         self.spatial_size = tuple(spatial_size)

@@ -7,8 +7,9 @@ import torch
 from scipy import ndimage
 
 from bundle.data import find_scans, grid_affine, load_recipe
+from bundle.data.anatomy import Anatomies
 from bundle.data.datalist import CHAIN
-from bundle.data.planted_cohort import find_anatomies, plant_masks, without_fluid
+from bundle.data.planted_cohort import plant_masks
 from bundle.data.planting import LESION_LOOK, plant_lesion, share_of_voxels
 from bundle.data.volumes import write_volume
 from bundle.errors import InputError
@@ -137,36 +138,62 @@ def test_a_second_run_does_what_is_left_and_replaces_what_was_dealt_otherwise(be
     assert share == pytest.approx(1, abs=0.1)
 
 
-def test_no_lesion_lies_in_the_fluid_of_its_person(bench):
-    labels = np.full((20, 24, 16), 40, np.uint8)
-    labels[:, :12] = 4  # the cut goes through every mask
-    write_volume(bench / "healthy/labels.nii.gz", labels, GRID)
+def label_people(bench, **labels):
+    """Anatomical labels of some people: fluid in front of a cut that goes through every mask, white matter behind it.
+    The dataset has what a bench does not look at: an empty section, images that are gone.
+    """
+    values = np.full((20, 24, 16), 40, np.uint8)
+    values[:, :12] = 4
+    write_volume(bench / "healthy/labels.nii.gz", values, GRID)
     list_file = bench / "healthy/datalist.json"
-    items = json.loads(list_file.read_text())["validation"]
-    assert find_anatomies([bench / "healthy"]) == {}
-    list_file.write_text(json.dumps({"validation": [{**item, "anatomy_label": "labels.nii.gz"} for item in items]}))
-    anatomies = find_anatomies([bench / "healthy"])
-    assert anatomies == dict.fromkeys(("p0", "p1", "p2"), str(bench / "healthy/labels.nii.gz"))
+    content = json.loads(list_file.read_text())
+    for item in content["validation"]:
+        item |= {"anatomy_label": labels[item["person"]]} if item["person"] in labels else {}
+    list_file.write_text(json.dumps({**content, "tuning": [], "training": [{"image": "gone.nii.gz"}]}))
+
+
+TISSUES = {"csf": {4, 11}, "white": {40}}
+
+
+def test_no_lesion_lies_in_the_fluid_of_its_person(bench):
+    assert not Anatomies([bench / "healthy"], TISSUES)
+    label_people(bench, p0="labels.nii.gz", p1="labels.nii.gz", p2="labels.nii.gz")
+    anatomies = Anatomies([bench / "healthy"], TISSUES)
     soft = np.random.default_rng(0).random(RAW_SHAPE).astype(np.float32)
-    kept = without_fluid(soft, {"name": "s0", "person": "p0"}, TO_ATLAS @ RAW, anatomies, {4, 11})
+    kept = anatomies.without_fluid(soft, {"image": "s0", "person": "p0"}, TO_ATLAS @ RAW)
     place = np.indices(RAW_SHAPE).reshape(3, -1)
     place = (np.linalg.inv(GRID) @ TO_ATLAS @ RAW @ [*place, np.ones(place.shape[1])])[:3].reshape(3, *RAW_SHAPE)
-    labelled = np.all([(p > 2) & (p < n - 3) for p, n in zip(place, labels.shape)], 0)
+    labelled = np.all([(p > 2) & (p < n - 3) for p, n in zip(place, (20, 24, 16))], 0)
     fluid = place[1] < 11.5
     sure = labelled & (np.abs(place[1] - 11.5) > 2)
     np.testing.assert_allclose(kept[sure], np.where(fluid, 0, soft)[sure], atol=1e-6)
-    assert without_fluid(soft, {"name": "s0"}, TO_ATLAS @ RAW, {}, {4}) is soft
-    with pytest.raises(InputError, match="s9: no anatomical labels of s9"):
-        without_fluid(soft, {"name": "s9"}, TO_ATLAS @ RAW, anatomies, {4})
 
     use = (bench / "healthy", bench / "masks", bench / "out", "t1")
     plant_masks(*use)
     whole = {scan["subject"]: nib.load(scan["label"]).get_fdata() for scan, _, _ in planted(bench / "out")}
-    plant_masks(*use, anatomies=anatomies, fluid={4})
-    for scan, _, _ in planted(bench / "out"):
-        label = nib.load(scan["label"]).get_fdata()
-        assert not label[fluid & sure].any() and 0 < label.sum() < whole[scan["subject"]].sum()
-        assert not label[whole[scan["subject"]] == 0].any()
+    for tissues, parts in ((TISSUES, True), ({"csf": set(), "white": {4, 40}}, False)):  # and another scheme, again all
+        plant_masks(*use, anatomies=Anatomies([bench / "healthy"], tissues))
+        for scan, _, _ in planted(bench / "out"):
+            label = nib.load(scan["label"]).get_fdata()
+            assert not label[whole[scan["subject"]] == 0].any()
+            assert not parts or not label[fluid & sure].any()
+            assert (0 < label.sum() < whole[scan["subject"]].sum()) == parts
+
+
+def test_labels_that_do_not_tell_are_told(bench):
+    label_people(bench, p0="labels.nii.gz", p1="labels.nii.gz")
+    use = (bench / "healthy", bench / "masks", bench / "out", "t1")
+    anatomies = Anatomies([bench / "healthy"], TISSUES)
+    with pytest.raises(InputError, match=r"i[23]\.nii\.gz: no maps of anatomical labels of p2 .*--anatomy_dir"):
+        plant_masks(*use, anatomies=anatomies)
+    assert not list((bench / "out").rglob("*.nii.gz"))
+    anatomies.files["p2"] = {"a", "b"}
+    with pytest.raises(InputError, match="2 maps"):
+        anatomies.file_of({"image": "x", "person": "p2"})
+    assert anatomies.file_of({"image": "x", "person": "p2", "anatomy_label": "own"}) == "own"
+    foreign = Anatomies([bench / "healthy"], {"csf": {4}, "white": {41}})
+    with pytest.raises(InputError, match=r"labels\.nii\.gz: label 40 is none of this scheme.*--label_scheme"):
+        foreign.without_fluid(np.ones(RAW_SHAPE), {"image": "s0", "person": "p0"}, TO_ATLAS @ RAW)
 
 
 def test_families_and_sections_are_told_apart(bench):
