@@ -144,7 +144,8 @@ def lesions(masks: dict[str, str], cases: int) -> Iterator[tuple[str, Any]]:
         found = read_masks(folder, (SIZES_ML[0], SIZES_ML[-1]))
         for low, high in zip(SIZES_ML[:-1], SIZES_ML[1:]):
             some = [m for m in found if low <= m[1] < high]
-            for pick in np.unique(np.linspace(0, len(some) - 1, min(cases, len(some))).round().astype(int)):
+            # fewer masks than cases: some in several heads
+            for pick in np.linspace(0, len(some) - 1, cases if some else 0).round().astype(int):
                 yield f"{family} {low} to {high} ml", some[pick][2:]
 
 
