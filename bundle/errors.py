@@ -80,8 +80,8 @@ def require_device(device: Any) -> None:
 
 
 def require_monai() -> None:
-    """Where volumes are resampled: before 1.6 MONAI's transforms mistook corners of voxels for their centres (its pull
-    request 8690), so all would run, with wrong maps.
+    """Where volumes are resampled: before 1.6 MONAI's transforms did not agree whether corners or centres of voxels
+    are meant (``align_corners``, its pull request 8690), so all would run, with wrong maps.
 
     Raises:
         InputError: an older MONAI, or one that does not tell its version.

@@ -1,7 +1,8 @@
 """Plant lesions of real shape into raw healthy scans and prepare them: what is found through the whole chain.
 
 OUT/raw holds the planted scans as a scanner would have made them, OUT is the prepared dataset with the sections tuning
-and test, of different subjects. Can be stopped and started again.
+and test, of different subjects. No lesion lies in a person's fluid, as far as anatomical labels tell where it is. Can
+be stopped and started again.
 """
 
 from __future__ import annotations

@@ -32,8 +32,9 @@ class Anatomies:
         self.files: dict[str, set[str]] = {}
         for folder in dataset_dirs:
             content = read_json(Path(folder) / "datalist.json", "list of the dataset")
-            for item in (item for section in SECTIONS for item in content.get(section) or []):
-                if item.get("anatomy_label"):
+            sections = content if isinstance(content, dict) else {}  # `load_datalist` tells what is wrong with a list
+            for item in (item for section in SECTIONS for item in sections.get(section) or []):
+                if isinstance(item, dict) and item.get("anatomy_label"):
                     self.files.setdefault(owner(item), set()).add(str(Path(folder) / item["anatomy_label"]))
 
     def __bool__(self) -> bool:
