@@ -2,7 +2,8 @@
 
 Planted: each lesion goes into one raw healthy scan (not into fluid, where anatomical labels tell it), whose twin is the
 same scan without it. Mask and alignment are found on the planted scan, as for a patient's, and serve both; field and
-normalisation are each scan's own. The figure is the lesion's contrast to its surroundings (`bundle.metrics.retention.planted_contrast`) after a step as a share of
+normalisation are each scan's own. The figure is the lesion's contrast to its surroundings
+(`bundle.metrics.retention.planted_contrast`) after a step as a share of
 what a chain would leave that the lesion does not disturb: up to the grid, of what was planted; then, of the same change
 with the twin's own field and scale. So neither a field that rightly lifts a lesion in the dark nor a brain that is more
 even without its shading passes for a gain. What the mask cut off is lost; what the twin's own mask ("healthy mask")
