@@ -7,6 +7,7 @@ arXiv 2108.07610). Shapes and brightness have nothing to do with those of the te
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Hashable, Mapping
 from typing import Any
@@ -22,6 +23,9 @@ from .intensity import LOWEST_BRAIN_INTENSITY
 from .normative import ALL, LESION_SIGN, load_normative
 
 _BORDER = 2  # voxels around a shape for its soft border
+# how bright tissue is: what lies beyond is fluid
+_TISSUE = {"t1": (0.35, math.inf), "t2": (0.0, 0.8), "flair": (0.35, math.inf)}
+_LEAST_SPREAD = 0.03  # no place is drawn more often than those of this healthy spread
 
 
 def _log_uniform(rng: np.random.RandomState, low: float, high: float) -> float:
@@ -75,9 +79,9 @@ def random_shape(diameter: float, rng: np.random.RandomState) -> np.ndarray:
 class Anomaliesd(MapTransform):
     """Put made-up anomalies into a healthy volume, the same ones into the same person's scan each time, and mark them.
 
-    Their sizes are log-uniform, their centres anywhere in the brain. They are brighter or darker than what was there:
-    mostly to the side to which lesions are in this contrast, by some healthy spreads of their place or by an absolute
-    amount. The texture is the tissue's own, that of even matter, or that of another place of the same brain.
+    They are brighter or darker than what was there: mostly to the side to which lesions are in this contrast, by some
+    healthy spreads of their place or by an absolute amount. The texture is the tissue's own, that of even matter, or
+    that of another place of the same brain.
 
     Args:
         keys: normalised volume ``[1, H, W, D]``, 0 outside the brain (one key).
@@ -87,6 +91,11 @@ class Anomaliesd(MapTransform):
             changed by at least ``least`` healthy spreads, since what nobody can see is not to be learned.
         number: fewest and most anomalies.
         diameter: smallest and largest, voxels.
+        smallness: 1 draws sizes log-uniformly; with more, more are small: of the way from the smallest to the largest
+            logarithm, ``u ** smallness`` is gone, u uniform in [0, 1].
+        in_tissue: they change nothing that is as bright as fluid in this contrast, where lesions do not lie.
+        alike: centres are drawn more often where healthy people are alike, in proportion to the healthy spread to the
+            power of minus this; 0: anywhere.
         spreads, amount: least and largest change, in healthy spreads and in intensities; either is drawn.
         likely_side: share of the anomalies that are changed to the lesions' side.
         least: see ``label_key``.
@@ -102,6 +111,9 @@ class Anomaliesd(MapTransform):
         label_key: str = "label",
         number: tuple[int, int] = (2, 9),
         diameter: tuple[float, float] = (1.0, 30.0),
+        smallness: float = 1.0,
+        in_tissue: bool = False,
+        alike: float = 0.0,
         spreads: tuple[float, float] = (1.5, 8.0),
         amount: tuple[float, float] = (0.12, 0.8),
         likely_side: float = 0.85,
@@ -110,9 +122,11 @@ class Anomaliesd(MapTransform):
         held: bool = False,
     ) -> None:
         super().__init__(keys)
-        self.sign, self.normative, self.label_key = LESION_SIGN[contrast], normative, label_key
-        self.number, self.diameter, self.spreads, self.amount = number, diameter, spreads, amount
-        self.likely_side, self.least, self.seed, self.held = likely_side, least, seed, held
+        self.sign, self.tissue = LESION_SIGN[contrast], _TISSUE[contrast] if in_tissue else ALL
+        self.normative, self.label_key = normative, label_key
+        self.number, self.diameter, self.smallness, self.alike = number, diameter, smallness, alike
+        self.spreads, self.amount, self.likely_side = spreads, amount, likely_side
+        self.least, self.seed, self.held = least, seed, held
 
     def generator(self, data: Mapping[Hashable, Any]) -> np.random.RandomState:
         """What the anomalies of this volume are drawn from."""
@@ -126,14 +140,18 @@ class Anomaliesd(MapTransform):
         normative = load_normative(self.normative)
         spread, seen_range = normative.on(image.shape)[1][0].numpy(), normative.telling if self.held else ALL
         label = np.zeros(image.shape, bool)
-        brain = np.flatnonzero(image)
-        for _ in range(rng.randint(self.number[0], self.number[1] + 1) if len(brain) else 0):
-            shape = random_shape(_log_uniform(rng, *self.diameter), rng)
-            centre = np.array(np.unravel_index(brain[rng.randint(len(brain))], image.shape))
+        tissue = (image > 0) & (image >= self.tissue[0]) & (image <= self.tissue[1])
+        places = np.flatnonzero(tissue)
+        likely = np.cumsum(np.maximum(spread.ravel()[places], _LEAST_SPREAD) ** -self.alike)
+        for _ in range(rng.randint(self.number[0], self.number[1] + 1) if len(places) else 0):
+            smallest, largest = self.diameter
+            shape = random_shape(smallest * (largest / smallest) ** (rng.rand() ** self.smallness), rng)
+            place = places[np.searchsorted(likely, rng.rand() * likely[-1])]
+            centre = np.array(np.unravel_index(place, image.shape))
             first = centre - len(shape) // 2
             low, high = np.maximum(first, 0), np.minimum(first + len(shape), image.shape)
             box = tuple(slice(a, b) for a, b in zip(low, high))
-            soft = shape[tuple(slice(a, b) for a, b in zip(low - first, high - first))] * (image[box] > 0)
+            soft = shape[tuple(slice(a, b) for a, b in zip(low - first, high - first))] * tissue[box]
             if soft.max() < 0.5:
                 continue
             there = np.clip(

@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
-from bundle.transforms import Anomaliesd, NormalizeBrainIntensityd, RandAnomaliesd, fit_normative
+from bundle.transforms import Anomaliesd, NormalizeBrainIntensityd, RandAnomaliesd, anomalies, fit_normative
 from bundle.transforms.anomalies import random_shape
+from bundle.transforms.normative import load_normative
 from tests.conftest import ellipsoid, meta
 
 SHAPE = (24, 28, 20)
@@ -51,15 +54,46 @@ def test_what_is_marked_was_changed_and_the_rest_of_the_brain_was_not(normative)
 
 
 def test_what_a_network_of_held_intensities_cannot_see_is_not_marked(normative):
-    dark = meta(BRAIN * np.random.RandomState(0).uniform(0.05, 0.3, SHAPE))  # all below the range that tells
+    dark = meta(BRAIN * np.random.RandomState(0).uniform(0.36, 0.7, SHAPE))  # partly little above the range that tells
     about = {"number": (3, 3), "diameter": (4.0, 10.0)}
     every, seen = (
         Anomaliesd("image", "t1", normative, **about, held=held)({"image": dark, "name": "a"}) for held in (False, True)
     )
     torch.testing.assert_close(every["image"], seen["image"])
     assert 0 < seen["label"].sum() < every["label"].sum()
-    changed = (seen["image"].clamp(min=0.35) > dark.clamp(min=0.35))[seen["label"] > 0]
-    assert changed.float().mean() > 0.5
+    change = (seen["image"].clamp(min=0.35) - dark.clamp(min=0.35)).abs()[0].numpy()
+    assert np.maximum(change, ndimage.uniform_filter(change, 3))[seen["label"][0].numpy() > 0].min() > 0.01
+
+
+@pytest.mark.parametrize(("contrast", "fluid"), [("t1", 0.2), ("t2", 0.95), ("flair", 0.2)])
+def test_fluid_gets_no_anomaly_if_they_are_to_lie_in_tissue(normative, contrast, fluid):
+    half = np.arange(SHAPE[0])[:, None, None] < SHAPE[0] // 2
+    image = np.where(half & (BRAIN > 0), fluid, np.asarray(scan()[0]))[None]
+    put = Anomaliesd("image", contrast, normative, number=(20, 20), diameter=(4.0, 10.0), in_tissue=True)
+    out = put({"image": meta(image[0]), "name": "a"})
+    assert out["label"].any() and not out["label"][0].numpy()[np.broadcast_to(half, SHAPE)].any()
+    np.testing.assert_array_equal(out["image"][0].numpy()[half & (BRAIN > 0)], np.float32(fluid))
+
+
+def test_most_are_small_and_lie_where_healthy_people_are_alike(normative, monkeypatch):
+    spread = np.where(np.arange(SHAPE[0])[:, None, None] < SHAPE[0] // 2, 0.05, 0.1) * np.ones(SHAPE)
+    known = load_normative(normative)
+    uneven = replace(known, spread=torch.as_tensor(spread, dtype=torch.float32)[None])
+    monkeypatch.setattr(anomalies, "load_normative", lambda path: uneven)
+    drawn = []
+    monkeypatch.setattr(anomalies, "random_shape", lambda diameter, rng: drawn.append(diameter) or np.ones((1, 1, 1)))
+    sizes = {"number": (900, 900), "diameter": (1.0, 16.0), "smallness": 2.0}
+    seen = {"spreads": (5.0, 8.0), "amount": (0.3, 0.5), "likely_side": 1.0}
+    put = Anomaliesd("image", "t1", normative, **sizes, **seen, alike=2.0)
+    label = put({"image": scan(), "name": "a"})["label"][0].numpy() > 0
+    # half of u**2 is below 1/4: the median is 16 ** (1/4)
+    assert np.median(drawn) == pytest.approx(2.0, rel=0.1)
+    tissue = BRAIN > 0
+    rates = [label[tissue & (spread == value)].mean() for value in (0.05, 0.1)]
+    # of 900 draws, so many hit a voxel at least once
+    per_voxel = 900 / sum((tissue & (spread == value)).sum() / value**2 for value in (0.05, 0.1))
+    expected = [1 - np.exp(-per_voxel / value**2) for value in (0.05, 0.1)]
+    assert rates == pytest.approx(expected, rel=0.15)
 
 
 def test_the_same_scan_gets_the_same_and_another_or_the_random_kind_others(normative):
