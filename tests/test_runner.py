@@ -492,6 +492,8 @@ def fused(models, cohort, grid_file, tmp_path_factory):
     assert "reconstruction_error" in out
     out = succeed("training", "train_segmentation", grid_file, *use, "--max_epochs", 1)
     assert "average_precision" in out
+    on = ("--init", folder / "segmentation_t1.pt", "--scanner", "@any_scanner", "--anomalies", "@lesion_like")
+    succeed("training", "train_segmentation", grid_file, *use, *on, "--max_epochs", 1, "--keep_normative", "True")
     weights = "{'location': 1, 'reconstruction': 1, 'segmentation': 0.5, 'embedding': 0, 'theirs': 0.5}"
     fusion = ("--fusion_weights", weights)
     fusion += ("--fusion_maps", str({"theirs": str(maps)}))
