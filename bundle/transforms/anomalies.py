@@ -28,8 +28,9 @@ _TISSUE = {"t1": (0.35, math.inf), "t2": (0.0, 0.8), "flair": (0.35, math.inf)}
 _LEAST_SPREAD = 0.03  # no place is drawn more often than those of this healthy spread
 
 
-def _log_uniform(rng: np.random.RandomState, low: float, high: float) -> float:
-    return float(np.exp(rng.uniform(np.log(low), np.log(max(low, high)))))
+def _log_uniform(rng: np.random.RandomState, low: float, high: float, smallness: float = 1.0) -> float:
+    lowest, highest = np.log(low), np.log(max(low, high))
+    return float(np.exp(lowest + (highest - lowest) * rng.random_sample() ** smallness))
 
 
 def _direction(rng: np.random.RandomState) -> np.ndarray:
@@ -144,8 +145,7 @@ class Anomaliesd(MapTransform):
         places = np.flatnonzero(tissue)
         likely = np.cumsum(np.maximum(spread.ravel()[places], _LEAST_SPREAD) ** -self.alike)
         for _ in range(rng.randint(self.number[0], self.number[1] + 1) if len(places) else 0):
-            smallest, largest = self.diameter
-            shape = random_shape(smallest * (largest / smallest) ** (rng.rand() ** self.smallness), rng)
+            shape = random_shape(_log_uniform(rng, *self.diameter, self.smallness), rng)
             place = places[np.searchsorted(likely, rng.rand() * likely[-1])]
             centre = np.array(np.unravel_index(place, image.shape))
             first = centre - len(shape) // 2

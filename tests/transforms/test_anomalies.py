@@ -54,15 +54,15 @@ def test_what_is_marked_was_changed_and_the_rest_of_the_brain_was_not(normative)
 
 
 def test_what_a_network_of_held_intensities_cannot_see_is_not_marked(normative):
-    dark = meta(BRAIN * np.random.RandomState(0).uniform(0.36, 0.7, SHAPE))  # partly little above the range that tells
+    dark = meta(BRAIN * np.random.RandomState(0).uniform(0.05, 0.3, SHAPE))  # all below the range that tells
     about = {"number": (3, 3), "diameter": (4.0, 10.0)}
     every, seen = (
         Anomaliesd("image", "t1", normative, **about, held=held)({"image": dark, "name": "a"}) for held in (False, True)
     )
     torch.testing.assert_close(every["image"], seen["image"])
     assert 0 < seen["label"].sum() < every["label"].sum()
-    change = (seen["image"].clamp(min=0.35) - dark.clamp(min=0.35)).abs()[0].numpy()
-    assert np.maximum(change, ndimage.uniform_filter(change, 3))[seen["label"][0].numpy() > 0].min() > 0.01
+    changed = (seen["image"].clamp(min=0.35) > dark.clamp(min=0.35))[seen["label"] > 0]
+    assert changed.float().mean() > 0.5
 
 
 @pytest.mark.parametrize(("contrast", "fluid"), [("t1", 0.2), ("t2", 0.95), ("flair", 0.2)])
