@@ -493,6 +493,7 @@ def fused(models, cohort, grid_file, tmp_path_factory):
     out = succeed("training", "train_segmentation", grid_file, *use, "--max_epochs", 1)
     assert "average_precision" in out
     on = ("--init", folder / "segmentation_t1.pt", "--scanner", "@any_scanner", "--anomalies", "@lesion_like")
+    on += ("--anatomy", "@wide_ventricles")
     succeed("training", "train_segmentation", grid_file, *use, *on, "--max_epochs", 1, "--keep_normative", "True")
     weights = "{'location': 1, 'reconstruction': 1, 'segmentation': 0.5, 'embedding': 0, 'theirs': 0.5}"
     fusion = ("--fusion_weights", weights)

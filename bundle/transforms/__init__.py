@@ -23,6 +23,7 @@ from .sampling import (
     with_normative,
 )
 from .spatial import KeepVolumed, ResampleToGrid, ResampleToGridd
+from .ventricles import RandWideVentriclesd
 from .visit import register_rigidly
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "RandAxialSlicesd",
     "RandCoarseNoised",
     "RandPatchesd",
+    "RandWideVentriclesd",
     "RecoverBraind",
     "ResampleToGrid",
     "ResampleToGridd",

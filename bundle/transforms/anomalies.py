@@ -23,8 +23,9 @@ from .intensity import LOWEST_BRAIN_INTENSITY
 from .normative import ALL, LESION_SIGN, load_normative
 
 _BORDER = 2  # voxels around a shape for its soft border
+_FINEST = 0.7  # voxels, finest scale of the noise that clusters are made of
 # how bright tissue is: what lies beyond is fluid
-_TISSUE = {"t1": (0.35, math.inf), "t2": (0.0, 0.8), "flair": (0.35, math.inf)}
+TISSUE = {"t1": (0.35, math.inf), "t2": (0.0, 0.8), "flair": (0.35, math.inf)}
 _LEAST_SPREAD = 0.03  # no place is drawn more often than those of this healthy spread
 
 
@@ -77,6 +78,36 @@ def random_shape(diameter: float, rng: np.random.RandomState) -> np.ndarray:
     return 1 / (1 + np.exp(-np.clip(depth * mean_radius / softness, -30, 30)))
 
 
+def random_cluster(diameter: float, rng: np.random.RandomState) -> np.ndarray:
+    """Spots of many sizes and irregular form that lie together: where smooth noise is highest, within an ellipsoid.
+    (DRAEM, Zavrtanik et al. 2021, thresholds noise for its shapes, too.)
+
+    Args:
+        diameter: of the ellipsoid at its longest, voxels.
+        rng: draws all of it.
+
+    Returns:
+        share of each voxel that is a spot's, ``[n, n, n]`` in [0, 1], the ellipsoid around the middle; n is odd.
+    """
+    half = int(np.ceil(diameter / 2)) + _BORDER
+    axis = np.arange(-half, half + 1, dtype=np.float32)
+    grid = np.meshgrid(axis, axis, axis, indexing="ij", sparse=True)
+    axes = np.exp(rng.uniform(-0.4, 0.0, 3))
+    radius2 = sum((2 * g / (diameter * a)) ** 2 for g, a in zip(grid, axes))
+    # the coarser scales weigh more or less than the finer ones, all stretched alike
+    roughness, stretch = rng.uniform(-0.5, 1.5), np.exp(rng.uniform(-0.5, 0.5, 3))
+    height, scale = np.zeros(radius2.shape), _FINEST
+    while scale <= max(_FINEST, diameter / 5):
+        noise = ndimage.gaussian_filter(rng.normal(size=height.shape), scale * stretch, mode="wrap", truncate=3.0)
+        height += noise / noise.std() * scale**roughness
+        scale *= 2
+    height = height / height.std() - rng.uniform(0, 4) * radius2
+    within = radius2 <= 1
+    share = max(_log_uniform(rng, 0.005, 0.2), 2 / within.sum())
+    above = height - np.quantile(height[within], 1 - share)
+    return np.where(within, 1 / (1 + np.exp(-np.clip(above / _log_uniform(rng, 0.05, 0.3), -30, 30))), 0.0)
+
+
 class Anomaliesd(MapTransform):
     """Put made-up anomalies into a healthy volume, the same ones into the same person's scan each time, and mark them.
 
@@ -94,6 +125,8 @@ class Anomaliesd(MapTransform):
         diameter: smallest and largest, voxels.
         smallness: 1 draws sizes log-uniformly; with more, more are small: of the way from the smallest to the largest
             logarithm, ``u ** smallness`` is gone, u uniform in [0, 1].
+        clusters: share of the anomalies that are a cluster of spots (`random_cluster`) of a quarter of the largest
+            diameter to all of it.
         in_tissue: they change nothing that is as bright as fluid in this contrast, where lesions do not lie.
         alike: centres are drawn more often where healthy people are alike, in proportion to the healthy spread to the
             power of minus this; 0: anywhere.
@@ -113,6 +146,7 @@ class Anomaliesd(MapTransform):
         number: tuple[int, int] = (2, 9),
         diameter: tuple[float, float] = (1.0, 30.0),
         smallness: float = 1.0,
+        clusters: float = 0.0,
         in_tissue: bool = False,
         alike: float = 0.0,
         spreads: tuple[float, float] = (1.5, 8.0),
@@ -123,9 +157,10 @@ class Anomaliesd(MapTransform):
         held: bool = False,
     ) -> None:
         super().__init__(keys)
-        self.sign, self.tissue = LESION_SIGN[contrast], _TISSUE[contrast] if in_tissue else ALL
+        self.sign, self.tissue = LESION_SIGN[contrast], TISSUE[contrast] if in_tissue else ALL
         self.normative, self.label_key = normative, label_key
         self.number, self.diameter, self.smallness, self.alike = number, diameter, smallness, alike
+        self.clusters = clusters
         self.spreads, self.amount, self.likely_side = spreads, amount, likely_side
         self.least, self.seed, self.held = least, seed, held
 
@@ -145,7 +180,7 @@ class Anomaliesd(MapTransform):
         places = np.flatnonzero(tissue)
         likely = np.cumsum(np.maximum(spread.ravel()[places], _LEAST_SPREAD) ** -self.alike)
         for _ in range(rng.randint(self.number[0], self.number[1] + 1) if len(places) else 0):
-            shape = random_shape(_log_uniform(rng, *self.diameter, self.smallness), rng)
+            shape = self._shape(rng)
             place = places[np.searchsorted(likely, rng.rand() * likely[-1])]
             centre = np.array(np.unravel_index(place, image.shape))
             first = centre - len(shape) // 2
@@ -166,6 +201,12 @@ class Anomaliesd(MapTransform):
             tensor = torch.as_tensor(values)[None].to(given.device)
             d[key] = MetaTensor(tensor).copy_meta_from(given) if isinstance(given, MetaTensor) else tensor
         return d
+
+    def _shape(self, rng: np.random.RandomState) -> np.ndarray:
+        least, most = self.diameter
+        if self.clusters and rng.rand() < self.clusters:
+            return random_cluster(_log_uniform(rng, max(least, most / 4), most), rng)
+        return random_shape(_log_uniform(rng, least, most, self.smallness), rng)
 
     def _target(
         self,

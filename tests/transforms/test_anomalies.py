@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 
 from bundle.transforms import Anomaliesd, NormalizeBrainIntensityd, RandAnomaliesd, anomalies, fit_normative
-from bundle.transforms.anomalies import random_shape
+from bundle.transforms.anomalies import random_cluster, random_shape
 from bundle.transforms.normative import load_normative
 from tests.conftest import ellipsoid, meta
 
@@ -37,6 +37,33 @@ def test_shapes_are_smooth_and_as_large_as_asked(diameter):
         sizes.append(np.ptp(core, axis=0).max() + 1 if len(core) else 0)
     assert 0.6 * diameter - 1 <= max(sizes) <= 1.3 * diameter + 3  # a wavy border may reach beyond
     assert np.median(sizes) <= diameter + 1
+
+
+@pytest.mark.parametrize("diameter", [3.0, 12.0, 25.0])
+def test_clusters_are_spots_within_their_diameter(diameter):
+    parts, shares, rng = [], [], np.random.RandomState(0)
+    for _ in range(30):
+        shape = random_cluster(diameter, rng)
+        assert shape.min() >= 0 and shape.max() <= 1 and len(set(shape.shape)) == 1 and len(shape) % 2 == 1
+        core = shape >= 0.5
+        away = np.linalg.norm(np.argwhere(core) - len(shape) // 2, axis=1)
+        assert 0 < away.size and away.max() <= diameter / 2
+        parts.append(ndimage.label(core, np.ones((3, 3, 3)))[1])
+        shares.append(core.sum() / (4 / 3 * np.pi * (diameter / 2) ** 3))
+    assert max(shares) < 0.25 or diameter < 4  # never less than two voxels
+    assert np.median(parts) > 2 or diameter < 20
+
+
+def test_as_many_are_clusters_as_asked(normative, monkeypatch):
+    drawn = {"random_shape": [], "random_cluster": []}
+    for name, sizes in drawn.items():
+        monkeypatch.setattr(
+            anomalies, name, lambda diameter, rng, sizes=sizes: sizes.append(diameter) or np.ones((1, 1, 1))
+        )
+    put = Anomaliesd("image", "t1", normative, number=(500, 500), diameter=(1.0, 16.0), clusters=0.3)
+    put({"image": scan(), "name": "a"})
+    assert len(drawn["random_cluster"]) / 500 == pytest.approx(0.3, abs=0.06)
+    assert min(drawn["random_cluster"]) >= 4 and max(drawn["random_cluster"]) <= 16 and min(drawn["random_shape"]) < 2
 
 
 def test_what_is_marked_was_changed_and_the_rest_of_the_brain_was_not(normative):

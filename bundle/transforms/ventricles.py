@@ -1,0 +1,73 @@
+"""Wider ventricles, as old people have them, in scans of healthy people."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, RandomizableTransform
+from scipy import ndimage
+
+from .anomalies import TISSUE
+
+_CELLS = 4  # across the volume: of the random field that widens one part more than another
+_EVEN = 0.2  # of the steepest border: borders that are much steeper than this move alike
+
+
+class RandWideVentriclesd(RandomizableTransform, MapTransform):
+    """Widen the fluid deep inside a healthy brain, in places more than in others; what surrounds it is pushed away.
+
+    Fluid is what is as bright as fluid in this contrast. Each border of it moves outwards by up to about 1.5 times
+    the reach, along the gradient of the fluid smoothed by the reach.
+
+    Args:
+        keys: normalised volume ``[1, H, W, D]``, 0 outside the brain (one key).
+        contrast: "t1", "t2" or "flair"; tells how bright fluid is.
+        prob: share of the volumes that are changed.
+        reach: least and largest reach, voxels.
+        depth: fluid nearer to the surface of the brain than this is left alone, voxels.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        contrast: str,
+        prob: float = 0.35,
+        reach: tuple[float, float] = (2.0, 6.0),
+        depth: float = 10.0,
+    ) -> None:
+        MapTransform.__init__(self, keys)
+        RandomizableTransform.__init__(self, prob)
+        self.tissue, self.reach, self.depth = TISSUE[contrast], reach, depth
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        self.randomize(None)
+        if not self._do_transform:
+            return d
+        given = d[self.keys[0]]
+        image = torch.as_tensor(given)[0].cpu().numpy().astype(np.float32)
+        field = self._field(image)
+        where = [field[a] + np.arange(n).reshape([-1 if a == b else 1 for b in range(3)]) for a, n in enumerate(image.shape)]
+        moved = ndimage.map_coordinates(image, where, order=1, mode="nearest")
+        moved *= ndimage.map_coordinates((image > 0).astype(np.float32), where, order=0, mode="nearest")
+        tensor = torch.as_tensor(moved)[None].to(given.device)
+        d[self.keys[0]] = MetaTensor(tensor).copy_meta_from(given) if isinstance(given, MetaTensor) else tensor
+        return d
+
+    def _field(self, image: np.ndarray) -> np.ndarray:
+        """Where each voxel's new brightness comes from, voxels away, ``[3, H, W, D]``."""
+        reach, most = self.R.uniform(*self.reach), self.R.uniform(0.3, 1.5)
+        cells = self.R.uniform(0.2, 1.2, (_CELLS,) * 3)
+        inside = image > 0
+        fluid = inside & ~((image >= self.tissue[0]) & (image <= self.tissue[1]))
+        fluid &= ndimage.distance_transform_edt(ndimage.binary_fill_holes(inside)) > self.depth
+        fluid = ndimage.binary_opening(fluid).astype(np.float32)
+        towards = np.stack([ndimage.gaussian_filter(fluid, reach, [int(i == axis) for i in range(3)]) for axis in range(3)])
+        steep = np.linalg.norm(towards, axis=0)
+        share = ndimage.zoom(cells, np.array(image.shape) / _CELLS, order=1, grid_mode=True, mode="nearest").clip(0, 1)
+        return (towards * (reach * most * share / (steep + max(_EVEN * steep.max(), 1e-6)))).astype(np.float32)
