@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandomizableTransform
+from monai.utils import convert_to_dst_type
 from scipy import ndimage
 
 from .anomalies import TISSUE
@@ -21,15 +21,15 @@ _EVEN = 0.2  # of the steepest border: borders that are much steeper than this m
 class RandWideVentriclesd(RandomizableTransform, MapTransform):
     """Widen the fluid deep inside a healthy brain, in places more than in others; what surrounds it is pushed away.
 
-    Fluid is what is as bright as fluid in this contrast. Each border of it moves outwards by up to about 1.5 times
-    the reach, along the gradient of the fluid smoothed by the reach.
+    Fluid is what is as bright as fluid in this contrast. Its borders move outwards by up to 1.25 times the reach, along
+    the gradient of the fluid smoothed by the reach, so that wide ventricles move more than narrow sulci.
 
     Args:
         keys: normalised volume ``[1, H, W, D]``, 0 outside the brain (one key).
         contrast: "t1", "t2" or "flair"; tells how bright fluid is.
         prob: share of the volumes that are changed.
         reach: least and largest reach, voxels.
-        depth: fluid nearer to the surface of the brain than this is left alone, voxels.
+        depth: fluid nearer to the surface of the brain than this is no part of it, voxels.
     """
 
     def __init__(
@@ -51,12 +51,10 @@ class RandWideVentriclesd(RandomizableTransform, MapTransform):
             return d
         given = d[self.keys[0]]
         image = torch.as_tensor(given)[0].cpu().numpy().astype(np.float32)
-        field = self._field(image)
-        where = [field[a] + np.arange(n).reshape([-1 if a == b else 1 for b in range(3)]) for a, n in enumerate(image.shape)]
+        where = np.indices(image.shape) + self._field(image)
         moved = ndimage.map_coordinates(image, where, order=1, mode="nearest")
         moved *= ndimage.map_coordinates((image > 0).astype(np.float32), where, order=0, mode="nearest")
-        tensor = torch.as_tensor(moved)[None].to(given.device)
-        d[self.keys[0]] = MetaTensor(tensor).copy_meta_from(given) if isinstance(given, MetaTensor) else tensor
+        d[self.keys[0]] = convert_to_dst_type(moved[None], given)[0]
         return d
 
     def _field(self, image: np.ndarray) -> np.ndarray:
@@ -67,7 +65,7 @@ class RandWideVentriclesd(RandomizableTransform, MapTransform):
         fluid = inside & ~((image >= self.tissue[0]) & (image <= self.tissue[1]))
         fluid &= ndimage.distance_transform_edt(ndimage.binary_fill_holes(inside)) > self.depth
         fluid = ndimage.binary_opening(fluid).astype(np.float32)
-        towards = np.stack([ndimage.gaussian_filter(fluid, reach, [int(i == axis) for i in range(3)]) for axis in range(3)])
+        towards = np.stack(np.gradient(ndimage.gaussian_filter(fluid, reach)))
         steep = np.linalg.norm(towards, axis=0)
         share = ndimage.zoom(cells, np.array(image.shape) / _CELLS, order=1, grid_mode=True, mode="nearest").clip(0, 1)
         return (towards * (reach * most * share / (steep + max(_EVEN * steep.max(), 1e-6)))).astype(np.float32)

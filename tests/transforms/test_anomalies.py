@@ -47,7 +47,7 @@ def test_clusters_are_spots_within_their_diameter(diameter):
         assert shape.min() >= 0 and shape.max() <= 1 and len(set(shape.shape)) == 1 and len(shape) % 2 == 1
         core = shape >= 0.5
         away = np.linalg.norm(np.argwhere(core) - len(shape) // 2, axis=1)
-        assert 0 < away.size and away.max() <= diameter / 2
+        assert away.size > 0 and away.max() <= diameter / 2
         parts.append(ndimage.label(core, np.ones((3, 3, 3)))[1])
         shares.append(core.sum() / (4 / 3 * np.pi * (diameter / 2) ** 3))
     assert max(shares) < 0.25 or diameter < 4  # never less than two voxels
