@@ -1,8 +1,8 @@
 """Made-up anomalies in healthy volumes, for a network that learns to mark what does not belong there.
 
 The idea is that of foreign patches (Tan et al. 2020, arXiv 2011.04197) and of DRAEM (Zavrtanik et al. 2021,
-arXiv 2108.07610). Shapes and brightness have nothing to do with those of the test benches
-(`bundle.data.planting`): no lesion is known here.
+arXiv 2108.07610). Shapes and brightness are drawn by other rules than those of the test
+benches (`bundle.data.planting`), and no lesion mask is used here.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def random_shape(diameter: float, rng: np.random.RandomState) -> np.ndarray:
 
 def random_cluster(diameter: float, rng: np.random.RandomState) -> np.ndarray:
     """Spots of many sizes and irregular form that lie together: where smooth noise is highest, within an ellipsoid.
-    (DRAEM, Zavrtanik et al. 2021, thresholds noise for its shapes, too.)
+    (DRAEM, Zavrtanik et al. 2021, thresholds noise for its shapes, too.) How much of it is spots was set so that their
+    sizes and surfaces are about those of the benches' tuning masks of multiple sclerosis.
 
     Args:
         diameter: of the ellipsoid at its longest, voxels.
