@@ -1,8 +1,8 @@
 """Made-up anomalies in healthy volumes, for a network that learns to mark what does not belong there.
 
 The idea is that of foreign patches (Tan et al. 2020, arXiv 2011.04197) and of DRAEM (Zavrtanik et al. 2021,
-arXiv 2108.07610). Shapes and brightness are drawn by other rules than those of the test
-benches (`bundle.data.planting`), and no lesion mask is used here.
+arXiv 2108.07610). Shapes and brightness are drawn by other rules than those of the test benches
+(`bundle.data.planting`), and no lesion mask is used here.
 """
 
 from __future__ import annotations
