@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.transforms import MapTransform, Randomizable
+from monai.utils import convert_to_dst_type
 from scipy import ndimage
+from scipy.special import expit
 
 from .intensity import LOWEST_BRAIN_INTENSITY
 from .normative import ALL, LESION_SIGN, load_normative
@@ -25,8 +26,14 @@ from .normative import ALL, LESION_SIGN, load_normative
 _BORDER = 2  # voxels around a shape for its soft border
 _FINEST = 0.7  # voxels, finest scale of the noise that clusters are made of
 # how bright tissue is: what lies beyond is fluid
-TISSUE = {"t1": (0.35, math.inf), "t2": (0.0, 0.8), "flair": (0.35, math.inf)}
+_TISSUE = {"t1": (0.35, math.inf), "t2": (0.0, 0.8), "flair": (0.35, math.inf)}
 _LEAST_SPREAD = 0.03  # no place is drawn more often than those of this healthy spread
+
+
+def fluid_in(image: np.ndarray, contrast: str) -> np.ndarray:
+    """What is as bright as fluid in a normalised volume (bool); 0 is outside the brain."""
+    darkest, brightest = _TISSUE[contrast]
+    return (image > 0) & ((image < darkest) | (image > brightest))
 
 
 def _log_uniform(rng: np.random.RandomState, low: float, high: float, smallness: float = 1.0) -> float:
@@ -75,7 +82,7 @@ def random_shape(diameter: float, rng: np.random.RandomState) -> np.ndarray:
     depth = depth + rng.uniform(0, 0.35) * waves
     softness = _log_uniform(rng, 0.15, max(0.4, diameter / 8))
     mean_radius = float(radius.mean())
-    return 1 / (1 + np.exp(-np.clip(depth * mean_radius / softness, -30, 30)))
+    return expit(depth * mean_radius / softness)
 
 
 def random_cluster(diameter: float, rng: np.random.RandomState) -> np.ndarray:
@@ -106,7 +113,7 @@ def random_cluster(diameter: float, rng: np.random.RandomState) -> np.ndarray:
     within = radius2 <= 1
     share = max(_log_uniform(rng, 0.005, 0.2), 2 / within.sum())
     above = height - np.quantile(height[within], 1 - share)
-    return np.where(within, 1 / (1 + np.exp(-np.clip(above / _log_uniform(rng, 0.05, 0.3), -30, 30))), 0.0)
+    return np.where(within, expit(above / _log_uniform(rng, 0.05, 0.3)), 0.0)
 
 
 class Anomaliesd(MapTransform):
@@ -158,7 +165,7 @@ class Anomaliesd(MapTransform):
         held: bool = False,
     ) -> None:
         super().__init__(keys)
-        self.sign, self.tissue = LESION_SIGN[contrast], TISSUE[contrast] if in_tissue else ALL
+        self.contrast, self.sign, self.in_tissue = contrast, LESION_SIGN[contrast], in_tissue
         self.normative, self.label_key = normative, label_key
         self.number, self.diameter, self.smallness, self.alike = number, diameter, smallness, alike
         self.clusters = clusters
@@ -177,7 +184,7 @@ class Anomaliesd(MapTransform):
         normative = load_normative(self.normative)
         spread, seen_range = normative.on(image.shape)[1][0].numpy(), normative.telling if self.held else ALL
         label = np.zeros(image.shape, bool)
-        tissue = (image > 0) & (image >= self.tissue[0]) & (image <= self.tissue[1])
+        tissue = (image > 0) & ~(self.in_tissue & fluid_in(image, self.contrast))
         places = np.flatnonzero(tissue)
         likely = np.cumsum(np.maximum(spread.ravel()[places], _LEAST_SPREAD) ** -self.alike)
         for _ in range(rng.randint(self.number[0], self.number[1] + 1) if len(places) else 0):
@@ -199,8 +206,7 @@ class Anomaliesd(MapTransform):
             seen = np.maximum(change, ndimage.uniform_filter(change, 3)) > self.least * spread[box]
             label[box] |= (soft >= 0.5) & seen
         for key, values in ((self.keys[0], image), (self.label_key, label.astype(np.float32))):
-            tensor = torch.as_tensor(values)[None].to(given.device)
-            d[key] = MetaTensor(tensor).copy_meta_from(given) if isinstance(given, MetaTensor) else tensor
+            d[key] = convert_to_dst_type(values[None], given, dtype=torch.float32)[0]
         return d
 
     def _shape(self, rng: np.random.RandomState) -> np.ndarray:

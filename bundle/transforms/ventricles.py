@@ -12,7 +12,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 from monai.utils import convert_to_dst_type
 from scipy import ndimage
 
-from .anomalies import TISSUE
+from .anomalies import fluid_in
 
 _CELLS = 4  # across the volume: of the random field that widens one part more than another
 _EVEN = 0.2  # of the steepest border: borders that are much steeper than this move alike
@@ -42,7 +42,7 @@ class RandWideVentriclesd(RandomizableTransform, MapTransform):
     ) -> None:
         MapTransform.__init__(self, keys)
         RandomizableTransform.__init__(self, prob)
-        self.tissue, self.reach, self.depth = TISSUE[contrast], reach, depth
+        self.contrast, self.reach, self.depth = contrast, reach, depth
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -61,10 +61,8 @@ class RandWideVentriclesd(RandomizableTransform, MapTransform):
         """Where each voxel's new brightness comes from, voxels away, ``[3, H, W, D]``."""
         reach, most = self.R.uniform(*self.reach), self.R.uniform(0.3, 1.5)
         cells = self.R.uniform(0.2, 1.2, (_CELLS,) * 3)
-        inside = image > 0
-        fluid = inside & ~((image >= self.tissue[0]) & (image <= self.tissue[1]))
-        fluid &= ndimage.distance_transform_edt(ndimage.binary_fill_holes(inside)) > self.depth
-        fluid = ndimage.binary_opening(fluid).astype(np.float32)
+        deep = ndimage.distance_transform_edt(ndimage.binary_fill_holes(image > 0)) > self.depth
+        fluid = ndimage.binary_opening(fluid_in(image, self.contrast) & deep).astype(np.float32)
         towards = np.stack(np.gradient(ndimage.gaussian_filter(fluid, reach)))
         steep = np.linalg.norm(towards, axis=0)
         share = ndimage.zoom(cells, np.array(image.shape) / _CELLS, order=1, grid_mode=True, mode="nearest").clip(0, 1)
