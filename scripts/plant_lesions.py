@@ -78,6 +78,7 @@ def main() -> None:
         default=[],
         help="of the healthy scans, divided by subject; default: tuning and test as they are, or validation",
     )
+    parser.add_argument("--repeats", type=int, default=1, help="how many scans get each mask; default: %(default)s")
     parser.add_argument("--given_mask", action="store_true", help="keep the healthy scan's brain mask")
     add_planting(parser)
     parser.add_argument("--seed", type=int, default=0)
@@ -94,6 +95,7 @@ def main() -> None:
         strength=args.strength,
         seed=args.seed,
         anatomies=chosen_anatomies(args, [args.dataset_dir]),
+        repeats=args.repeats,
     )
     prepare(raw, args.output_dir, args.override)
 

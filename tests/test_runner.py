@@ -662,11 +662,12 @@ def test_an_embedding_takes_part_from_the_first_calibration_on(models, cohort, g
 
 def test_operating_points_and_quantiles(models, cohort, grid_file, tmp_path):
     found = {}
-    for name, given in (("specific", ()), ("screening", ("--operating_point", "screening"))):
+    for name in ("specific", "screening", "strict"):
+        given = () if name == "specific" else ("--operating_point", name)
         use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path / name, *given)
         succeed("evaluation", "evaluate", grid_file, *use)
         content = json.loads((tmp_path / name / "metrics.json").read_text())
         found[name] = content["threshold"]["value"]
         assert f"operating point '{name}'" in content["threshold"]["chosen_by"]
     points = json.loads((models / "calibration_t1.json").read_text())["points"]["fusion"]
-    assert found == points and points["screening"] <= points["specific"]
+    assert found == points and points["screening"] <= points["specific"] <= points["strict"]

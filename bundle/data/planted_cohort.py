@@ -122,6 +122,7 @@ def plant_masks(
     strength: tuple[float, float] | None = None,
     seed: int = 0,
     anatomies: Anatomies | None = None,
+    repeats: int = 1,
 ) -> Path:
     """Deal lesion masks out to the raw scans of healthy people, one per copy of a scan, and write the copies as a
     cohort that the recipe ``planted`` prepares: ``SECTION/NAME_CONTRAST.nii.gz`` and ``..._lesion.nii.gz`` in the
@@ -143,14 +144,19 @@ def plant_masks(
         strength: see `plant_lesion`.
         seed: of everything.
         anatomies: of the healthy people, whose fluid gets no lesion; None: lesions may lie in fluid.
+        repeats: how many scans get each mask. More make the figures more precise; the first of each is as with one.
 
     Returns:
         the cohort's folder.
 
     Raises:
-        InputError: no masks, or none of the size; no scans, or without their raw files; a person without anatomy.
+        InputError: no masks, or none of the size; no scans, fewer than ``repeats``, or without their raw files; a
+            person without anatomy.
     """
     healthy = divide_people(dataset_dir, contrast, sections, seed)
+    fewest = min(len(scans) for scans in healthy.values())
+    if not 1 <= repeats <= fewest:
+        raise InputError(f"{dataset_dir}: each mask goes into 1 to {fewest} scans here, not {repeats}")
     if anatomies:
         for scan in (*healthy["tuning"], *healthy["test"]):
             anatomies.file_of(scan)  # before any lesion is planted
@@ -165,9 +171,12 @@ def plant_masks(
     for part, start in (("tuning", 0), ("test", 1)):
         dealt = [(family, mask) for family, masks in families.items() for mask in masks[start::2]]
         order = np.random.RandomState([seed, start]).permutation(len(dealt))
-        for number, pick in enumerate(tqdm(order, desc=f"planting {part}", unit="lesion")):
-            scan, (family, (lesion, _, mask, affine)) = healthy[part][number % len(healthy[part])], dealt[pick]
-            rng = np.random.RandomState([seed, start, number])
+        deals = [(repeat, *deal) for repeat in range(repeats) for deal in enumerate(order)]
+        for repeat, number, pick in tqdm(deals, desc=f"planting {part}", unit="lesion"):
+            family, (lesion, _, mask, affine) = dealt[pick]
+            scan = healthy[part][(number + repeat) % len(healthy[part])]
+            seeds = [seed, start, number, *([repeat] if repeat else [])]
+            rng = np.random.RandomState(seeds)
             mirrored = bool(rng.rand() < 0.5)
             base = f"{part}/{scan.get('subject', scan['name'])}__{f'{family}-' if len(families) > 1 else ''}{lesion}"
             files = {"image": f"{base}_{contrast}.nii.gz", "label": f"{base}_lesion.nii.gz"}
@@ -177,7 +186,7 @@ def plant_masks(
                 "scan": scan.get("source", {}).get("image", ""),
                 "mask": f"{family}/{lesion}",
                 "mirrored": mirrored,
-                "seed": [seed, start, number],
+                "seed": seeds,
                 "strength": list(strength),
                 "fluid": [anatomies.file_of(scan), *anatomies.fluid] if anatomies else [],
                 "files": files,

@@ -134,7 +134,7 @@ class CombineVisits:
         on_grid = {leading: lead}
         for contrast in contrasts[1:]:
             other = _load(output_dir, parts[contrast][0], contrast, ("image", *VOLUMES))
-            on_grid[contrast], doubt = _brought(other, lead)
+            on_grid[contrast], doubt = _brought(other, lead, self.find_lesions.min_lesion_mm3)
             doubts += [f"{contrast}: {doubt}"] if doubt else []
         # what an interpolated brain has beyond the scan's mask; outside, a heatmap is at its lowest
         brain = (lead["coverage"].as_tensor() > 0) | (lead["heatmap"] > lead["heatmap"].min()).as_tensor()
@@ -190,7 +190,7 @@ def _load(output_dir: Path, scan: Mapping[str, Any], contrast: str, kinds: Seque
     return LoadScand(list(files), contrast=contrast)(files)
 
 
-def _brought(own: Mapping[Any, Any], lead: Mapping[Any, Any]) -> tuple[dict[Any, Any], str]:
+def _brought(own: Mapping[Any, Any], lead: Mapping[Any, Any], min_lesion_mm3: float) -> tuple[dict[Any, Any], str]:
     """The answer to another scan on the grid of the leading one, and a doubt about that, "" for none."""
     target = lead["coverage"]
     to_lead = register_rigidly(own["image"], own["coverage"], lead["image"], target)
@@ -203,7 +203,7 @@ def _brought(own: Mapping[Any, Any], lead: Mapping[Any, Any]) -> tuple[dict[Any,
     for key, (mode, padding) in modes.items():
         moved = MetaTensor(own[key].as_tensor(), affine=torch.as_tensor(to_lead) @ own[key].affine)
         brought[key] = ResampleToMatch(mode=mode, padding_mode=padding)(moved, img_dst=target)
-    brought = KeepVolumed("lesion")(brought)
+    brought = KeepVolumed("lesion", min_lesion_mm3)(brought)
     inside, expected = brought["coverage"] > 0, target > 0
     overlap = float(2 * (inside & expected).sum() / (inside.sum() + expected.sum()))
     if overlap < _LEAST_OVERLAP:

@@ -10,7 +10,7 @@ from scipy import ndimage
 from bundle.errors import InputError
 
 # findings of at least `FINDING_MM3` of the person's own volume that a healthy scan may have, on average
-POINTS = {"specific": 2.0, "screening": 10.0}
+POINTS = {"specific": 2.0, "screening": 10.0, "strict": 1.0}
 FINDING_MM3 = 50.0
 # shares of the healthy voxels above the thresholds that are tried
 _TAILS = np.geomspace(1e-5, 0.1, 30)

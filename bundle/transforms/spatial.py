@@ -15,6 +15,7 @@ from monai.utils import TraceKeys, ensure_tuple_rep
 from scipy import ndimage
 
 from bundle.data.atlas import grid_affine
+from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError, require_monai
 
 
@@ -157,21 +158,32 @@ class KeepVolumed(MapTransform):
     """Make a mask out of one that was interpolated linearly, such that every region keeps its volume.
 
     A threshold of 0.5 makes small lesions smaller, and the nearest voxel makes all ragged. Here each connected region
-    of the interpolated mask gets as many voxels as the sum of its values says, those of the highest values.
+    of the interpolated mask gets as many voxels as the sum of its values says, those of the highest values. Thin
+    bridges can break by that: of a region in pieces the largest stays, and with it what can be a finding itself.
 
     Args:
         keys: masks in [0, 1], ``[1, X, Y, Z]``.
+        min_lesion_mm3: least volume of a finding, mm^3 of the scan itself; a piece below half of it is a splinter.
     """
+
+    def __init__(self, keys: KeysCollection, min_lesion_mm3: float = 0.0) -> None:
+        super().__init__(keys)
+        self.min_lesion_mm3 = min_lesion_mm3
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             share = d[key].as_tensor()[0].cpu().numpy()
             kept = np.zeros_like(share)
+            least = self.min_lesion_mm3 / 2 / own_voxel_mm3(d[key])
             regions, _ = ndimage.label(share > 0.01, np.ones((3, 3, 3)))
             for number, box in enumerate(ndimage.find_objects(regions), 1):
                 values = np.where(regions[box] == number, share[box], 0)
                 strongest = np.argsort(-values, axis=None, kind="stable")[: round(float(values.sum()))]
-                kept[box].flat[strongest] = 1
+                whole = np.zeros(values.shape, bool)
+                whole.flat[strongest] = True
+                pieces, _ = ndimage.label(whole, np.ones((3, 3, 3)))
+                sizes = np.bincount(pieces[whole], minlength=2)
+                kept[box][((sizes >= least) | (sizes == sizes.max()))[pieces] & whole] = 1
             d[key] = MetaTensor(torch.as_tensor(kept)[None]).copy_meta_from(d[key])
         return d

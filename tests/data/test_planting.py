@@ -210,6 +210,21 @@ def test_families_and_sections_are_told_apart(bench):
         plant_masks(bench / "healthy", bench / "small", bench / "out", "t1", ["test"])
 
 
+def test_a_mask_goes_into_several_people_and_first_into_the_same(bench):
+    items = json.loads((bench / "healthy/datalist.json").read_text())["validation"]
+    (bench / "healthy/datalist.json").write_text(json.dumps({"test": items[:2], "tuning": items[2:]}))
+    use = (bench / "healthy", bench / "masks", bench / "out", "t1")
+    plant_masks(*use)
+    before = {f: f.read_bytes() for f in (bench / "out").rglob("*.nii.gz")}
+    plant_masks(*use, repeats=2)
+    pairs = sorted((mask, number) for _, number, mask in planted(bench / "out"))
+    assert pairs == [(0, 0), (0, 1), (1, 2), (1, 3), (2, 0), (2, 1), (3, 2), (3, 3)]
+    assert all(file.read_bytes() == content for file, content in before.items())
+    for repeats in (0, 3):
+        with pytest.raises(InputError, match=f"1 to 2 scans here, not {repeats}"):
+            plant_masks(*use, repeats=repeats)
+
+
 def test_what_is_missing_is_told(bench):
     use = (bench / "healthy", bench / "masks", bench / "out", "t1")
     (bench / "empty").mkdir()

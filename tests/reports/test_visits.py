@@ -35,7 +35,7 @@ def scan(folder, contrast, lesions, affine=AFFINE, turned=False):
 
 
 def combiner(*visits):
-    find = SimpleNamespace(threshold=lambda contrast: THRESHOLDS[contrast], score="fusion")
+    find = SimpleNamespace(threshold=lambda contrast: THRESHOLDS[contrast], score="fusion", min_lesion_mm3=50.0)
     return CombineVisits(visits, find, lambda data: data)
 
 

@@ -28,7 +28,7 @@ def test_points_keep_to_their_rule_on_healthy_scans():
     inside = [np.ones(s.shape, bool) for s in scores]
     voxel_mm3 = [8.0, 8.0, 8.0, 4.0, 10.0]
     points = operating_points(scores, inside, voxel_mm3)
-    assert points["screening"] < points["specific"]
+    assert points["screening"] < points["specific"] < points["strict"]
 
     def mean(threshold):
         return np.mean([count_findings(s > threshold, 50 / v) for s, v in zip(scores, voxel_mm3)])

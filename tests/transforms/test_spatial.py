@@ -144,3 +144,15 @@ def test_regions_keep_their_volume():
     share[8, 8, 8], share[8, 8, 9] = 0.9, 0.3
     kept = KeepVolumed("lesion")({"lesion": meta(share)})["lesion"][0].numpy()
     assert kept[:6].sum() == 11 and kept[8, 8, 8] == 1 and kept[6:].sum() == 1
+
+
+def test_what_falls_off_a_region_is_no_finding():
+    """A lesion with, on thin bridges, a splinter of 2 voxels and a lesion of 8, and a small one by itself; 8 mm^3."""
+    share = np.zeros((16, 16, 16), np.float32)
+    share[2:6, 2:6, 2:6] = share[2:4, 2:4, 9:11] = share[8:10, 2, 2] = share[14, 14, 14] = 1
+    share[2, 2, 6:9] = share[6:8, 2, 2] = 0.05
+    expected = share == 1
+    volume = meta(share, np.diag([2.0, 2.0, 2.0, 1.0]))
+    assert (KeepVolumed("lesion")({"lesion": volume})["lesion"][0].numpy() == expected).all()
+    expected[8:10, 2, 2] = False
+    assert (KeepVolumed("lesion", 50.0)({"lesion": volume})["lesion"][0].numpy() == expected).all()
