@@ -669,5 +669,13 @@ def test_operating_points_and_quantiles(models, cohort, grid_file, tmp_path):
         content = json.loads((tmp_path / name / "metrics.json").read_text())
         found[name] = content["threshold"]["value"]
         assert f"operating point '{name}'" in content["threshold"]["chosen_by"]
+    use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path / "all")
+    succeed("evaluation", "evaluate", grid_file, *use, "--compare_points", "['screening', 'strict']")
+    methods = json.loads((tmp_path / "all/metrics.json").read_text())["methods"]
+    for name in ("screening", "strict"):
+        alone = json.loads((tmp_path / name / "metrics.json").read_text())["methods"]["fusion"]
+        compared = methods[f"fusion_{name}"]
+        assert compared.pop("auprc_gain_of_score_ci95") in ([0, 0], [None, None])
+        assert compared == alone
     points = json.loads((models / "calibration_t1.json").read_text())["points"]["fusion"]
     assert found == points and points["screening"] <= points["specific"] <= points["strict"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from monai.transforms import MapTransform, MaskIntensityd, ResampleToMatch
 from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError
 from bundle.scoring import INTENSITY_SCORES, CalibrationFile, FindLesionsd, score_of
+from bundle.scoring.operating import require_point
 from bundle.scoring.paper import MASKED
 from bundle.scoring.scores import OWN_MAPS
 from bundle.transforms import FillOutsided, IgnoreLabelsd, KeepVolumed, LoadScand
@@ -38,17 +39,27 @@ class CompareMethodsd(MapTransform):
         find_lesions: cuts the score's heatmap.
         calibration: of the model and contrast.
         image_key: the normalised image.
+        points: operating points that the score is cut at, too: each a method ``SCORE_POINT`` with the score's heatmap.
     """
 
     def __init__(
-        self, keys: KeysCollection, find_lesions: FindLesionsd, calibration: CalibrationFile, image_key: str = "image"
+        self,
+        keys: KeysCollection,
+        find_lesions: FindLesionsd,
+        calibration: CalibrationFile,
+        image_key: str = "image",
+        points: Sequence[str] = (),
     ) -> None:
         super().__init__(keys)
+        self.points = [require_point(point) for point in points]
         self.find_lesions, self.calibration, self.image_key = find_lesions, calibration, image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         calibration, score = self.calibration.load(), self.find_lesions.score
+        for point in self.points:
+            lesion = self.find_lesions.cut(d["heatmap"], calibration.point(score, point), d.get("to_atlas"))
+            d |= {f"heatmap_{score}_{point}": d["heatmap"], f"lesion_{score}_{point}": lesion}
         parts = [*calibration.fusion.weights, "asymmetry"] if score == "fusion" and calibration.fusion else []
         if calibration.needed_maps("location") <= {*OWN_MAPS, *map(str, d)}:
             parts.insert(0, "location")
