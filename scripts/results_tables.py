@@ -69,13 +69,18 @@ def main() -> None:
         ours, bright = (found["methods"][m]["lesions"][size] for m in ("fusion", "intensity"))
         return f"{ours['found']} of {ours['lesions']} ({bright['found']})"
 
+    def by_size_strict(found: Figures, size: str) -> str:
+        lesions = found["methods"]["fusion_strict"]["lesions"][size]
+        return f"{lesions['found']} of {lesions['lesions']}"
+
     rows = [[size, *(by_size(found, size) for found, _, _ in planted)] for size in SIZES]
+    rows += [[f"{size}, `strict`", *(by_size_strict(found, size) for found, _, _ in planted)] for size in SIZES[1:3]]
     print_table("Found by size: fusion (intensity)", ["", *(name for _, name, _ in planted)], rows)
     rows = []
     for section, prefix in (("test", "eval_healthy_"), ("validation", "eval_ms_")):
         for c, name in CONTRASTS.items():
             found = figures(folder / f"{prefix}{c}")["methods"]
-            for method in ("fusion", "location", "atlas_z", "intensity"):
+            for method in ("fusion", "fusion_strict", "location", "atlas_z", "intensity"):
                 healthy = found[method]["healthy"]
                 counts = [f"{healthy['false_findings_per_scan']:.1f}", f"{healthy['scans_with_findings']:.1f}"]
                 rows.append([f"`{method}` {name}, {section}", *counts, f"{healthy['marked_share_of_brain']:.2%}"])

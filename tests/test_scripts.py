@@ -101,7 +101,8 @@ def test_the_tables_of_the_results_are_made_of_the_evaluations(tmp_path):
     for number, kind in enumerate(("", "ms_", "strokes_", "healthy_")):
         for contrast in results_tables.CONTRASTS:
             mean = {"auprc_mean": 0.1 * number, "auprc_ci95": [0.01, 0.9], "dice_mean": 0.25}
-            methods = {m: {**mean, "lesions": sizes, "healthy": healthy} for m in results_tables.METHODS}
+            made = {**mean, "lesions": sizes, "healthy": healthy}
+            methods = dict.fromkeys([*results_tables.METHODS, "fusion_strict"], made)
             cases = {f"patient26_{contrast}": {m: {"auprc": 0.4321, "dice": 0.5} for m in results_tables.METHODS}}
             write_json(tmp_path / f"eval_{kind}{contrast}" / "metrics.json", {"methods": methods, "cases": cases})
     command = [sys.executable, ROOT / "scripts/results_tables.py", tmp_path]
@@ -114,7 +115,9 @@ def test_the_tables_of_the_results_are_made_of_the_evaluations(tmp_path):
     planted = " | ".join(["0.100 [0.01, 0.90] (0.25) | 0.200 [0.01, 0.90] (0.25)"] * 3)
     assert f"| `atlas_z` | {planted} |" in lines
     assert "| 0.1 to 1 ml | " + " | ".join(["3 of 8 (3)"] * 6) + " |" in lines
+    assert "| 1 to 10 ml, `strict` | " + " | ".join(["3 of 8"] * 6) + " |" in lines
     assert "| `fusion` FLAIR, test | 1.2 | 0.5 | 0.06% |" in lines
+    assert "| `fusion_strict` T2w, validation | 1.2 | 0.5 | 0.06% |" in lines
 
 
 def test_the_strength_of_lesions_is_that_of_their_voxels_and_of_what_surrounds_them():
