@@ -10,6 +10,7 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, MaskIntensityd, ResampleToMatch
+from monai.utils import ensure_tuple
 
 from bundle.data.own_volume import own_voxel_mm3
 from bundle.errors import InputError
@@ -48,10 +49,10 @@ class CompareMethodsd(MapTransform):
         find_lesions: FindLesionsd,
         calibration: CalibrationFile,
         image_key: str = "image",
-        points: Sequence[str] = (),
+        points: str | Sequence[str] = (),
     ) -> None:
         super().__init__(keys)
-        self.points = [require_point(point) for point in points]
+        self.points = [require_point(point) for point in ensure_tuple(points)]
         self.find_lesions, self.calibration, self.image_key = find_lesions, calibration, image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -274,4 +274,7 @@ class Calibration:
                     "calibration with what makes it (docs/options.md)"
                 ) from error
             stored = ", ".join(table[name])
-            raise InputError(f"no threshold of score '{name}' at {kind} {key}: stored are {stored}") from error
+            raise InputError(
+                f"no threshold of score '{name}' at {kind} {key}: stored are {stored}; run the calibration again where it "
+                "was made by an older version"
+            ) from error
