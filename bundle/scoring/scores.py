@@ -275,6 +275,6 @@ class Calibration:
                 ) from error
             stored = ", ".join(table[name])
             raise InputError(
-                f"no threshold of score '{name}' at {kind} {key}: stored are {stored}; run the calibration again where it "
-                "was made by an older version"
+                f"no threshold of score '{name}' at {kind} {key}: stored are {stored}; run the calibration "
+                "again where an older version made it"
             ) from error
