@@ -94,16 +94,17 @@ class ToSpaced(MapTransform):
     Args:
         keys: any heatmap (one key); all others of `method_keys` come along.
         space: one of `SPACES`.
+        min_lesion_mm3: see `bundle.transforms.KeepVolumed`; as in inference, whose masks are judged.
 
     Raises:
         InputError: another space, or a source that is not there any more.
     """
 
-    def __init__(self, keys: KeysCollection, space: str) -> None:
+    def __init__(self, keys: KeysCollection, space: str, min_lesion_mm3: float = 0.0) -> None:
         super().__init__(keys)
         if space not in SPACES:
             raise InputError(f"space '{space}' is unknown: use one of {', '.join(SPACES)}")
-        self.space, self.load = space, LoadScand("scan")
+        self.space, self.min_lesion_mm3, self.load = space, min_lesion_mm3, LoadScand("scan")
         self.resample = ResampleToMatch(mode="bilinear", padding_mode="zeros")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -123,7 +124,7 @@ class ToSpaced(MapTransform):
         for key in ("image", "brain", *heatmaps, *lesions):
             affine = np.linalg.inv(to_atlas) @ d[key].affine.numpy()
             d[key] = self.resample(MetaTensor(d[key].as_tensor().cpu().float(), affine=affine), img_dst=target)
-        d = KeepVolumed(lesions)(FillOutsided(heatmaps, "brain")(d))
+        d = KeepVolumed(lesions, self.min_lesion_mm3)(FillOutsided(heatmaps, "brain")(d))
         d["image"] = d["image"].clamp(min=1e-3) * d["brain"]
         if "source" in d:
             d["to_atlas"] = np.eye(4)  # undone

@@ -90,6 +90,19 @@ def test_native_space_is_that_of_the_scans_own_label(tmp_path):
         ToSpaced("heatmap", "native")(given)
 
 
+def test_masks_in_native_space_are_those_of_inference(tmp_path):
+    """What a thin bridge held to a lesion is no finding there, either."""
+    data, _ = on_grid()
+    lesion = torch.zeros_like(data["lesion"].as_tensor())
+    lesion[0, 10:14, 10:14, 8:12] = lesion[0, 17, 10, 8] = 1
+    lesion[0, 14:17, 10, 8] = 0.05
+    label = MetaTensor(lesion, affine=GRID)
+    label.meta["filename_or_obj"] = str(write_nifti(tmp_path / "label.nii.gz", lesion[0].numpy(), GRID))
+    given = {**data, "lesion": MetaTensor(lesion, affine=GRID), "label": label}
+    for least, voxels in ((0.0, 65), (50.0, 64)):
+        assert ToSpaced("heatmap", "native", least)(given)["lesion"].sum() == voxels
+
+
 def test_atlas_space_changes_nothing_and_others_are_unknown():
     data, _ = on_grid()
     out = ToSpaced("heatmap", "atlas")(data)
