@@ -30,7 +30,7 @@ from bundle.networks import load_weights
 from bundle.parallel import Shard
 from bundle.scoring import require_model
 from bundle.scoring.calibration_file import DAMAGE, model_hash
-from bundle.transforms.normative import ALL, as_range, hold
+from bundle.transforms.normative import ALL, MATCHING, as_range, hold
 from bundle.transforms.sampling import slice_position
 
 if TYPE_CHECKING:
@@ -277,7 +277,7 @@ def _fit(
     telling: tuple[float, float],
 ) -> None:
     listed = [str(item.get("image")) for item in getattr(dataset, "data", [])]
-    made_of = [model_hash(model_file, contrast), dict(grid), listed, *telling]
+    made_of = [model_hash(model_file, contrast), MATCHING, dict(grid), listed, *telling]
     made_from = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
     if listed and path.is_file() and read_json(path, "embedding").get("made_from") == made_from:
         print(f"{path}: of the same model, range and scans already", flush=True)

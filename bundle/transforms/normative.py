@@ -27,7 +27,7 @@ from bundle.parallel import is_main
 from .bias import neighbourhood_deviation
 
 # version of `NormativeMap.match`: another one scales scans otherwise, so a calibration holds for one only
-MATCHING = 2
+MATCHING = 3
 # sign of the intensity change that most lesions show
 LESION_SIGN = {"t1": -1.0, "t2": 1.0, "flair": 1.0}
 # brightness between which a difference tells: fluid is darker on T1w, and brighter on T2w, than most lesions, so that
@@ -36,16 +36,17 @@ TELLING = {"t1": (0.35, 10.0), "t2": (0.0, 0.9)}
 ALL = (0.0, math.inf)
 # smoothing of mean and spread: more spreads cortex over white matter (docs/results.md)
 MEAN_MM, SPREAD_MM = 1.0, 1.6
-# voxels within so many spreads of what is expected at their place are taken for healthy, and their quantiles matched
-_INLIERS, _QUANTILES, _ROUNDS = 2.5, (0.15, 0.85), 7
+# voxels within so many spreads of what is expected at their place are taken for healthy
+_INLIERS, _ROUNDS = 2.5, 7
 # which of a scan's quantiles are taken for the ends of its healthy tissue at first: all, or all but a large lesion,
 # bright or dark; the start that ends with the most inliers is kept
 _STARTS = ((0.05, 0.95), (0.05, 0.7), (0.3, 0.95))
+# A voxel weighs by the inverse cube of its place's spread. Least squares would take the square, but where healthy
+# people differ much, as in sulci, a lesion passes for healthy (docs/results.md)
+_CERTAINTY = 3.0
 # how often the match is made again without unusual neighbourhoods, their width and limit, on which lattice; a voxel
 # counts so many spreads at most
 _LOOKS, _AROUND_MM, _UNUSUAL, _LATTICE_MM, _FAR = 2, 8.0, 2.5, 4.0, 4.0
-# a normal distribution in five equal parts
-_NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
 # of the subjects that must have brain at a place before it counts
 _LEAST_SHARE = 0.1
 
@@ -114,12 +115,12 @@ class NormativeMap:
     def match(self, image: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.
 
-        What looks healthy are voxels within 2.5 spreads of the mean of their place; their 15th and 85th percentile are
-        brought to those that such voxels are expected to have, and both is repeated. Of a large, faint lesion many
-        voxels look healthy each on its own; so the match is made again without the places whose neighbourhood, over
-        8 mm, lies more than 2.5 robust standard deviations to the lesions' side (a stricter limit leaves out the fluid
-        that tells the scale). So a lesion counts for next to nothing, however large, where percentiles of the whole
-        brain follow it.
+        What looks healthy are voxels within 2.5 spreads of the mean of their place; their mean and standard deviation
+        are brought to those that such voxels are expected to have, and both is repeated. The less healthy people differ
+        at a place, the more it weighs. Of a large, faint lesion many voxels look healthy each on its own; so the match
+        is made again without the places whose neighbourhood, over 8 mm, lies more than 2.5 robust standard deviations
+        to the lesions' side (a stricter limit leaves out the fluid that tells the scale). So a lesion counts for next
+        to nothing, however large, where percentiles of the whole brain follow it.
 
         Args:
             image: ``[1, H, W, D]``, on the scale of the mean more or less (scaled by percentiles).
@@ -152,23 +153,27 @@ def _healthy_scale(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> 
     """
     best, scale, ends = 0, None, np.quantile(mean, [0.05, 0.95])
     for window in _STARTS:
-        healthy, (slope, offset) = np.zeros(len(values), bool), _scale(np.quantile(values, window), ends)
+        low, high = np.quantile(values, window)
+        slope = (ends[1] - ends[0]) / max(high - low, 1e-6)
+        offset = ends[0] - slope * low
         for _ in range(_ROUNDS):
             healthy = np.abs(slope * values + offset - mean) < _INLIERS * spread
             if healthy.sum() < 100:
                 break
-            likely = np.quantile(mean[healthy] + spread[healthy] * _NORMAL[:, None], _QUANTILES)
-            slope, offset = _scale(np.quantile(values[healthy], _QUANTILES), likely)
+            slope, offset = _scale(values[healthy], mean[healthy], spread[healthy])
         else:
             if healthy.sum() > best:
                 best, scale = int(healthy.sum()), (slope, offset)
     return scale
 
 
-def _scale(own: np.ndarray, likely: np.ndarray) -> tuple[float, float]:
-    """Slope and offset that bring two brightnesses of a scan to two others."""
-    slope = float((likely[1] - likely[0]) / max(own[1] - own[0], 1e-6))
-    return slope, float(likely[0] - slope * own[0])
+def _scale(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tuple[float, float]:
+    """Slope and offset that bring mean and standard deviation of voxels to what is expected of them."""
+    weight = spread**-_CERTAINTY
+    own, likely = (np.average(v, weights=weight) for v in (values, mean))
+    variance = np.average((values - own) ** 2, weights=weight)
+    slope = np.sqrt(np.average((mean - likely) ** 2 + spread**2, weights=weight) / max(variance, 1e-12))
+    return float(slope), float(likely - slope * own)
 
 
 def _on(maps: Sequence[torch.Tensor], shape: Sequence[int]) -> Sequence[torch.Tensor]:

@@ -143,6 +143,19 @@ def test_written_read_and_bound_to_its_model(tmp_path):
         load_embedding(path, model)
 
 
+def test_kept_only_while_scans_are_matched_in_the_same_way(tmp_path, capsys, monkeypatch):
+    class Listed(list):
+        data = [{"image": "a.nii.gz"}]
+
+    model, path = tmp_path / "model.pt", tmp_path / "embedding_t1.json"
+    save_weights(network(), model)
+    use = (Listed(scans(4)), network(), PatchLocationInferer(8, output="location"), path, model, "t1", GRID)
+    for matching, kept in ((1, False), (1, True), (2, False)):
+        monkeypatch.setattr("bundle.inference.embedding.MATCHING", matching)
+        fit_embedding(*use)
+        assert ("of the same model, range and scans already" in capsys.readouterr().out) == kept
+
+
 def test_too_few_people_and_networks_without_are_left_alone(tmp_path, capsys):
     model = tmp_path / "model.pt"
     save_weights(network(), model)
