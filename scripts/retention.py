@@ -1,14 +1,14 @@
 """What the chain leaves of lesions: planted into raw scans in their own voxels, and followed through it step by step.
 
-Planted: each lesion goes into one raw healthy scan (not into fluid, where anatomical labels tell it), whose twin is the
-same scan without it. Mask and alignment are found on the planted scan, as for a patient's, and serve both; field and
-normalisation are each scan's own. The figure is the lesion's contrast to its surroundings
-(`bundle.metrics.retention.planted_contrast`) after a step as a share of
-what a chain would leave that the lesion does not disturb: up to the grid, of what was planted; then, of the same change
-with the twin's own field and scale. So neither a field that rightly lifts a lesion in the dark nor a brain that is more
-even without its shading passes for a gain. What the mask cut off is lost; what the twin's own mask ("healthy mask")
-leaves of the same change tells whether the lesion is the cause. Whether a lesion pulls the registration is not seen
-here.
+Planted: each lesion goes into one raw healthy scan, whose twin is the same scan without it. Not into fluid, where
+anatomical labels tell it, nor where only the prepared mask sees brain and neither the atlas nor the chain's own mask of
+the twin does: automatic labels take the sagittal sinus for cortex. Mask and alignment are found on the planted scan, as
+for a patient's, and serve both; field and normalisation are each scan's own. The figure is the lesion's contrast to its
+surroundings (`bundle.metrics.retention.planted_contrast`) after a step as a share of what a chain would leave that the
+lesion does not disturb: up to the grid, of what was planted; then, of the same change with the twin's own field and
+scale. So neither a field that rightly lifts a lesion in the dark nor a brain that is more even without its shading
+passes for a gain. What the mask cut off is lost; what the twin's own mask ("healthy mask") leaves of the same change
+tells whether the lesion is the cause. Whether a lesion pulls the registration is not seen here.
 
 Shading: raw scans are shaded by a sum of Gaussian coil sensitivities (+-30 % in the brain); the share of it that is
 gone after the bias correction. And the variation of white matter (where the atlas has little else) before and after it,
@@ -35,6 +35,7 @@ import torch
 import yaml
 from monai.data import MetaTensor
 from monai.transforms import ResampleToMatch
+from scipy import ndimage
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 from bundle.data import list_scans, load_datalist  # noqa: E402
 from bundle.data.anatomy import Anatomies  # noqa: E402
+from bundle.data.atlas import load_atlas  # noqa: E402
 from bundle.data.files import AUTO, read_json, write_json  # noqa: E402
 from bundle.data.planted_cohort import read_masks, read_raw  # noqa: E402
 from bundle.data.planting import LESION_LOOK, plant_lesion, share_of_voxels  # noqa: E402
@@ -87,6 +89,7 @@ class Chain:
     def __init__(self, contrast: str, ckpt_dir: str, overrides: dict[str, Any]) -> None:
         self.ckpt_dir = ckpt_dir
         self.brains: dict[Path | str, np.ndarray] = {}
+        self.atlas = load_atlas().brain_mask
         config = "inference" if ckpt_dir else "prepare"
         settings = {"contrast": contrast, "ckpt_dir": ckpt_dir} if ckpt_dir else {"dataset": "folder"}
         chain = config_part(config, "preprocessing", **{**settings, **overrides}).transforms
@@ -106,6 +109,18 @@ class Chain:
         if file not in self.brains:
             self.brains[file] = self.own[0](self.read(file))["brain_mask"].as_tensor()[0].numpy() > 0
         return self.brains[file]
+
+    def agreed(self, brain: np.ndarray, file: Path | str, affine: np.ndarray, to_atlas: np.ndarray) -> np.ndarray:
+        """A brain ``[X, Y, Z]`` (bool) in a scan's own voxels without what neither `brain` nor the atlas calls so.
+
+        Args:
+            affine, to_atlas: from the voxels to the scan's and to the atlas' world.
+        """
+        order = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.io_orientation(affine))
+        found = nib.orientations.apply_orientation(self.brain(file), order)
+        matrix = np.linalg.inv(np.asarray(self.atlas.affine, float)) @ to_atlas
+        expected = ndimage.affine_transform(self.atlas[0].numpy(), matrix, output_shape=brain.shape, order=0) > 0
+        return brain & (found | expected)
 
     def follow(self, scan: Path | str, twin: Path | str, soft: Path | str | None = None) -> Iterator[Step]:
         """A scan, its twin and the lesion's share of voxels (files on one grid) through the chain."""
@@ -185,6 +200,8 @@ def follow_planted(
     rng = np.random.RandomState(seed)
     image, affine, brain, to_atlas = read_raw(scan)
     soft = soft_lesion(what, brain, affine, to_atlas, rng)
+    brain = chain.agreed(brain, scan["source"]["image"], affine, to_atlas)
+    soft = soft * brain
     soft = anatomies.without_fluid(soft, scan, to_atlas) if anatomies else soft
     volume, inside, share = (torch.as_tensor(v, dtype=torch.float32)[None] for v in (image, brain, soft))
     planted = plant_lesion(volume, inside, share, contrast, strength, rng)[0][0].numpy()

@@ -6,6 +6,7 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from bundle.data import load_datalist
 from tests.conftest import CENTER, GRID, ROOT
@@ -60,6 +61,29 @@ def test_what_the_healthy_mask_leaves_out_too_is_not_the_lesions_doing(scan, mon
     monkeypatch.setattr(chain, "brain", lambda file: np.zeros_like(whole))
     found = retention.follow_planted(chain, scan, 40, "t1", [0, 1])
     assert found[retention.HEALTHY_MASK] == 0 and found["mask"] == pytest.approx(usual["mask"])
+
+
+def test_what_only_the_prepared_mask_calls_brain_gets_no_lesion(scan, monkeypatch):
+    chain = retention.Chain("t1", "", {**SMALL, "bias_field": "none"})
+    file, mask = scan["source"]["image"], nib.load(scan["brain_mask"])
+    brain, use = mask.get_fdata() > 0, (file, mask.affine, mask.affine)  # the scan lies in the atlas' space
+    atlas = ndimage.affine_transform(
+        chain.atlas[0].numpy(), np.linalg.inv(chain.atlas.affine) @ mask.affine, output_shape=brain.shape, order=0
+    )
+    everywhere = np.ones_like(brain)
+    np.testing.assert_array_equal(chain.agreed(everywhere, *use), brain | (atlas > 0))
+    np.testing.assert_array_equal(chain.agreed(~brain, *use), ~brain & (atlas > 0))
+    # the same scan in a file that runs the other way along two axes
+    turned = nib.as_closest_canonical(mask).affine @ np.diag([-1, -1, 1, 1])
+    turned[:3, 3] += mask.affine[:3, :2] @ (np.array(brain.shape[:2]) - 1)
+    found = chain.agreed(everywhere, file, turned, turned)
+    np.testing.assert_array_equal(found[::-1, ::-1], brain | (atlas > 0))
+    planted = []
+    odd = np.indices(brain.shape)[0] % 2 == 1
+    for part in (everywhere, odd, ~odd):
+        monkeypatch.setattr(chain, "agreed", lambda brain, *_, part=part: brain & part)
+        planted.append(retention.follow_planted(chain, scan, 40, "t1", [0, 1]).get("ml", 0))
+    assert planted[0] == pytest.approx(planted[1] + planted[2]) and planted[0] > max(planted[1:])
 
 
 def test_shading_is_planted_and_looked_for(scan):

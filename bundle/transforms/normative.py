@@ -41,9 +41,8 @@ _INLIERS, _ROUNDS = 2.5, 7
 # which of a scan's quantiles are taken for the ends of its healthy tissue at first: all, or all but a large lesion,
 # bright or dark; the start that ends with the most inliers is kept
 _STARTS = ((0.05, 0.95), (0.05, 0.7), (0.3, 0.95))
-# A voxel weighs by the inverse cube of its place's spread. Least squares would take the square, but where healthy
-# people differ much, as in sulci, a lesion passes for healthy (docs/results.md)
-_CERTAINTY = 3.0
+# a normal distribution in five equal parts
+_NORMAL = np.array([-1.2816, -0.5244, 0.0, 0.5244, 1.2816])
 # how often the match is made again without unusual neighbourhoods, their width and limit, on which lattice; a voxel
 # counts so many spreads at most
 _LOOKS, _AROUND_MM, _UNUSUAL, _LATTICE_MM, _FAR = 2, 8.0, 2.5, 4.0, 4.0
@@ -116,11 +115,11 @@ class NormativeMap:
         """Scale a scan linearly so that what looks healthy in it is as bright as in healthy people.
 
         What looks healthy are voxels within 2.5 spreads of the mean of their place; their mean and standard deviation
-        are brought to those that such voxels are expected to have, and both is repeated. The less healthy people differ
-        at a place, the more it weighs. Of a large, faint lesion many voxels look healthy each on its own; so the match
-        is made again without the places whose neighbourhood, over 8 mm, lies more than 2.5 robust standard deviations
-        to the lesions' side (a stricter limit leaves out the fluid that tells the scale). So a lesion counts for next
-        to nothing, however large, where percentiles of the whole brain follow it.
+        (T1w: two quantiles) are brought to those that such voxels are expected to have, and both is repeated. Of a
+        large, faint lesion many voxels look healthy each on its own; so the match is made again without the places
+        whose neighbourhood, over 8 mm, lies more than 2.5 robust standard deviations to the lesions' side (a stricter
+        limit leaves out the fluid that tells the scale). So a lesion counts for next to nothing, however large, where
+        percentiles of the whole brain follow it.
 
         Args:
             image: ``[1, H, W, D]``, on the scale of the mean more or less (scaled by percentiles).
@@ -136,18 +135,21 @@ class NormativeMap:
         if not known.any():
             return image
         values, expected, spreads = volume[known], mean[known], spread[known]
-        scale, sign = _healthy_scale(values, expected, spreads), LESION_SIGN[self.facts["contrast"]]
+        contrast = self.facts["contrast"]
+        scale, sign = _healthy_scale(values, expected, spreads, contrast), LESION_SIGN[contrast]
         if scale is None:  # nothing in it is like healthy people; CheckLikenessd tells
             return image
         for _ in range(_LOOKS):
             unexpected = ((scale[0] * volume + scale[1] - mean) / spread).clip(-_FAR, _FAR) * known
             deviation = neighbourhood_deviation(unexpected, known, _AROUND_MM / (step * spacing))[known]
             usual = sign * deviation <= _UNUSUAL
-            scale = _healthy_scale(values[usual], expected[usual], spreads[usual]) or scale
+            scale = _healthy_scale(values[usual], expected[usual], spreads[usual], contrast) or scale
         return scale[0] * image + scale[1]
 
 
-def _healthy_scale(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tuple[float, float] | None:
+def _healthy_scale(
+    values: np.ndarray, mean: np.ndarray, spread: np.ndarray, contrast: str
+) -> tuple[float, float] | None:
     """Slope and offset that bring what looks healthy of a scan to what is expected there, from the one of `_STARTS`
     that ends with the most voxels that look healthy; None if from none of them a hundred do.
     """
@@ -160,20 +162,35 @@ def _healthy_scale(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> 
             healthy = np.abs(slope * values + offset - mean) < _INLIERS * spread
             if healthy.sum() < 100:
                 break
-            slope, offset = _scale(values[healthy], mean[healthy], spread[healthy])
+            slope, offset = _MATCHES[contrast](values[healthy], mean[healthy], spread[healthy])
         else:
             if healthy.sum() > best:
                 best, scale = int(healthy.sum()), (slope, offset)
     return scale
 
 
-def _scale(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tuple[float, float]:
-    """Slope and offset that bring mean and standard deviation of voxels to what is expected of them."""
-    weight = spread**-_CERTAINTY
+def _by_moments(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tuple[float, float]:
+    """Slope and offset that bring mean and standard deviation of voxels to what is expected of them.
+
+    A voxel weighs by the inverse cube of its place's spread. Least squares would take the square, but where healthy
+    people differ much, as in sulci, a lesion passes for healthy (docs/results.md).
+    """
+    weight = spread**-3.0
     own, likely = (np.average(v, weights=weight) for v in (values, mean))
     variance = np.average((values - own) ** 2, weights=weight)
     slope = np.sqrt(np.average((mean - likely) ** 2 + spread**2, weights=weight) / max(variance, 1e-12))
     return float(slope), float(likely - slope * own)
+
+
+def _by_quantiles(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tuple[float, float]:
+    """Slope and offset that bring the 15th and 85th percentile of voxels to what is expected of them."""
+    own, likely = (np.quantile(v, (0.15, 0.85)) for v in (values, mean + spread * _NORMAL[:, None]))
+    slope = (likely[1] - likely[0]) / max(own[1] - own[0], 1e-6)
+    return float(slope), float(likely[0] - slope * own[0])
+
+
+# what was measured to be better (docs/results.md): quantiles move with a large lesion on T2w and FLAIR
+_MATCHES = {"t1": _by_quantiles, "t2": _by_moments, "flair": _by_moments}
 
 
 def _on(maps: Sequence[torch.Tensor], shape: Sequence[int]) -> Sequence[torch.Tensor]:

@@ -145,7 +145,7 @@ def test_written_read_and_bound_to_its_model(tmp_path):
 
 def test_kept_only_while_scans_are_matched_in_the_same_way(tmp_path, capsys, monkeypatch):
     class Listed(list):
-        data = [{"image": "a.nii.gz"}]
+        data = ({"image": "a.nii.gz"},)
 
     model, path = tmp_path / "model.pt", tmp_path / "embedding_t1.json"
     save_weights(network(), model)
