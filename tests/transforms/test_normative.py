@@ -8,7 +8,7 @@ from monai.data import MetaTensor
 
 from bundle.errors import InputError
 from bundle.transforms import NormalizeBrainIntensityd, fit_normative, load_normative
-from bundle.transforms.normative import TELLING
+from bundle.transforms.normative import _MATCHES, TELLING
 from tests.conftest import ellipsoid, meta
 
 SHAPE = (24, 28, 20)
@@ -79,6 +79,25 @@ def test_a_faint_lesion_of_a_sixth_of_the_brain_moves_the_rest_little(normative,
     with_neighbourhoods = moved()
     monkeypatch.setattr("bundle.transforms.normative._LOOKS", 0)
     assert with_neighbourhoods < 0.3 * moved() and with_neighbourhoods < 0.01
+
+
+def test_healthy_voxels_tell_the_scale():
+    """Known slope and offset are found again, by each contrast's way; the moments are NumPy's."""
+    rng = np.random.default_rng(0)
+    spread = rng.choice([0.03, 0.3], 20000, p=[0.8, 0.2])
+    mean = rng.uniform(0.3, 1.0, 20000)
+    values = (mean + spread * rng.normal(0, 1, 20000) - 0.2) / 1.5
+    for contrast, by in _MATCHES.items():
+        assert by(values, mean, spread) == pytest.approx((1.5, 0.2), abs=0.03), contrast
+    weight = spread**-3.0
+    slope, offset = _MATCHES["flair"](values, mean, spread)
+    expected = np.cov(mean, aweights=weight, ddof=0) + np.average(spread**2, weights=weight)
+    assert slope == pytest.approx(np.sqrt(expected / np.cov(values, aweights=weight, ddof=0)))
+    assert slope * np.average(values, weights=weight) + offset == pytest.approx(np.average(mean, weights=weight))
+    # a lesion that passes for healthy, where healthy people differ much
+    values[(spread > 0.1) & (rng.random(20000) < 0.5)] += 0.4
+    by_moments, by_quantiles = (abs(_MATCHES[c](values, mean, spread)[0] / 1.5 - 1) for c in ("flair", "t1"))
+    assert by_moments < 0.03 and by_moments < 0.5 * by_quantiles
 
 
 def test_units_do_not_matter_and_twice_is_once(normative, anatomy, brain):
