@@ -155,9 +155,7 @@ def _healthy_scale(
     """
     best, scale, ends = 0, None, np.quantile(mean, [0.05, 0.95])
     for window in _STARTS:
-        low, high = np.quantile(values, window)
-        slope = (ends[1] - ends[0]) / max(high - low, 1e-6)
-        offset = ends[0] - slope * low
+        slope, offset = _scale(np.quantile(values, window), ends)
         for _ in range(_ROUNDS):
             healthy = np.abs(slope * values + offset - mean) < _INLIERS * spread
             if healthy.sum() < 100:
@@ -184,9 +182,14 @@ def _by_moments(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tup
 
 def _by_quantiles(values: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> tuple[float, float]:
     """Slope and offset that bring the 15th and 85th percentile of voxels to what is expected of them."""
-    own, likely = (np.quantile(v, (0.15, 0.85)) for v in (values, mean + spread * _NORMAL[:, None]))
-    slope = (likely[1] - likely[0]) / max(own[1] - own[0], 1e-6)
-    return float(slope), float(likely[0] - slope * own[0])
+    expected = mean + spread * _NORMAL[:, None]
+    return _scale(np.quantile(values, (0.15, 0.85)), np.quantile(expected, (0.15, 0.85)))
+
+
+def _scale(own: np.ndarray, likely: np.ndarray) -> tuple[float, float]:
+    """Slope and offset that bring two brightnesses of a scan to two others."""
+    slope = float((likely[1] - likely[0]) / max(own[1] - own[0], 1e-6))
+    return slope, float(likely[0] - slope * own[0])
 
 
 # what was measured to be better (docs/results.md): quantiles move with a large lesion on T2w and FLAIR
