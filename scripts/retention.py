@@ -83,13 +83,18 @@ class Step(NamedTuple):
     image: MetaTensor  # the scan with its meta data
 
 
+def in_file_order(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """A volume ``[X, Y, Z]`` with its axes in RAS order, in the order of the file, whose affine this is."""
+    order = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.io_orientation(affine))
+    return nib.orientations.apply_orientation(volume, order)
+
+
 class Chain:
     """The transforms of a config, one by one."""
 
     def __init__(self, contrast: str, ckpt_dir: str, overrides: dict[str, Any]) -> None:
         self.ckpt_dir = ckpt_dir
         self.brains: dict[Path | str, np.ndarray] = {}
-        self.atlas = load_atlas().brain_mask
         config = "inference" if ckpt_dir else "prepare"
         settings = {"contrast": contrast, "ckpt_dir": ckpt_dir} if ckpt_dir else {"dataset": "folder"}
         chain = config_part(config, "preprocessing", **{**settings, **overrides}).transforms
@@ -97,6 +102,7 @@ class Chain:
         kept = [t for t in chain if type(t).__name__ != "CopyItemsd" and getattr(t, "mask_key", "") is not None]
         names = [type(t).__name__ for t in kept]
         self.load, self.own = kept[: names.index("BrainMaskd")], kept[names.index("BrainMaskd") :]
+        self.atlas = load_atlas(kept[names.index("RecoverBraind")].atlas).brain_mask
 
     def read(self, file: Path | str) -> dict[str, Any]:
         data: dict[str, Any] = {"image": str(file), "name": Path(file).name}
@@ -116,8 +122,7 @@ class Chain:
         Args:
             affine, to_atlas: from the voxels to the scan's and to the atlas' world.
         """
-        order = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.io_orientation(affine))
-        found = nib.orientations.apply_orientation(self.brain(file), order)
+        found = in_file_order(self.brain(file), affine)
         matrix = np.linalg.inv(np.asarray(self.atlas.affine, float)) @ to_atlas
         expected = ndimage.affine_transform(self.atlas[0].numpy(), matrix, output_shape=brain.shape, order=0) > 0
         return brain & (found | expected)
@@ -328,9 +333,7 @@ def follow_real(
                 tensors = [MetaTensor(torch.as_tensor(v)[None], affine=step.image.affine) for v in back]
                 resample: Any = ResampleToMatch(mode="bilinear", padding_mode="zeros")
                 back = [resample(v, img_dst=like)[0].numpy() for v in tensors]
-            # from RAS to the order of the file
-            order = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.io_orientation(affine))
-            values, there = (nib.orientations.apply_orientation(v, order) for v in back)
+            values, there = (in_file_order(v, affine) for v in back)
             found[step.name] = (area(values / np.maximum(there, 0.01), there > 0.01), contrasted)
     return found
 
