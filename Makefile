@@ -1,6 +1,6 @@
 # `make demo` and `make test` first; all make their own environment in .venv. Then:
-#   make infer SCAN=file_or_folder OUT=folder         the shipped weights on your scans
-#   make train DATA=prepared CONTRAST=t1 MODELS=folder               its networks, and their calibration
+#   make infer SCAN=file_or_folder OUT=folder                        the shipped weights on your scans (MODELS=folder: others)
+#   make train DATA=prepared CONTRAST=t1 MODELS=folder               its networks, and their calibration (MODELS: else in place of the shipped ones)
 #   make evaluate DATA=prepared CONTRAST=t1 MODELS=folder OUT=folder
 #   make serve STUDIES=folder                                        MONAI Label on port 8000
 #   make package, make test-label                                    the archive, in build/; the same in MONAI Label
@@ -36,7 +36,7 @@ coverage: $(VENV)/tools
 	$(BIN)/coverage report --show-missing --skip-covered
 
 infer: env
-	$(RUN) inference --config_file configs/inference.json --dataset_dir "$$SCAN" --contrast "$$CONTRAST" --output_dir "$$OUT"
+	$(RUN) inference --config_file configs/inference.json --dataset_dir "$$SCAN" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST" --output_dir "$$OUT"
 
 train: env
 	$(RUN) training --config_file configs/train.json --dataset_dir "$$DATA" --ckpt_dir "$$MODELS" --contrast "$$CONTRAST"

@@ -10,7 +10,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 
-from bundle.errors import find_input_error
+from bundle.errors import InputError, find_input_error
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,8 +72,11 @@ class LesionFinder:
             InputError: a scan that cannot be used, such as one without a brain.
         """
         try:
-            values = np.ascontiguousarray(image) if isinstance(image, np.ndarray) else image
-            scan = MetaTensor(torch.as_tensor(values), affine=torch.as_tensor(affine, dtype=torch.float64))
+            if isinstance(image, np.ndarray):
+                if image.dtype.kind not in "biuf":
+                    raise InputError(f"an array of {image.dtype}: a scan has one grey value per voxel")
+                image = np.ascontiguousarray(image, np.float32)  # any order of bytes: FreeSurfer's files have the other
+            scan = MetaTensor(torch.as_tensor(image), affine=torch.as_tensor(affine, dtype=torch.float64))
             data = self.preprocessing({"image": scan})
             data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0]
             data = self.postprocessing(data)

@@ -23,6 +23,7 @@ import torch
 import bundle
 from bundle.command_line import configured
 from bundle.data.files import atomic_path, file_hash
+from bundle.data.formats import files_of
 from bundle.parallel import Shard, gather
 
 _ARRAY = "array of this file"
@@ -30,13 +31,16 @@ RECORDS = ".records"  # folder in that of the results
 
 
 def scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:
-    """Place (its hash: paths may tell names), size and time of each file of a scan: another file of the same name is
-    another scan.
+    """Place (its hash: paths may tell names), size and time of each file of a scan, of folders and pairs of all their
+    files: another file of the same name is another scan.
     """
     files = {key: Path(value).resolve() for key, value in scan.items() if isinstance(value, str) and key != "name"}
-    there = {key: file for key, file in sorted(files.items()) if file.exists()}
-    places = {key: hashlib.sha256(os.fsencode(file)).hexdigest()[:16] for key, file in there.items()}
-    return {key: [places[key], file.stat().st_size, file.stat().st_mtime_ns] for key, file in there.items()}
+    there = {
+        key: [f.stat() for f in (files_of(file) if file.is_file() or key == "image" else [])]
+        for key, file in sorted(files.items())
+    }
+    places = {key: hashlib.sha256(os.fsencode(file)).hexdigest()[:16] for key, file in files.items()}
+    return {k: [places[k], sum(f.st_size for f in s), max(f.st_mtime_ns for f in s)] for k, s in there.items() if s}
 
 
 def to_bytes(content: Any) -> bytes:

@@ -351,6 +351,10 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
         assert array.dtype == file.get_data_dtype()
         np.testing.assert_allclose(array, file.get_fdata(), atol=1e-4)
     assert found.summary["max_score"] == pytest.approx(found.heatmap.max(), abs=1e-6)
+    swapped = LesionFinder("t1", device="cpu", **overrides)(turned.astype(">f4"), affine)  # as of FreeSurfer's files
+    np.testing.assert_array_equal(swapped.heatmap, found.heatmap)
+    with pytest.raises(InputError, match="one grey value"):
+        LesionFinder("t1", device="cpu", **overrides)(turned * 1j, affine)
     with pytest.raises(InputError, match="has 2 dimensions"):
         LesionFinder("t1", device="cpu", **overrides)(turned[0], affine)
 

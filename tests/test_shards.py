@@ -16,7 +16,7 @@ import pytest
 from bundle.data.files import claim_folder, release_claims
 from bundle.errors import InputError
 from bundle.parallel import Shard, share
-from bundle.shards import Records, from_bytes, to_bytes
+from bundle.shards import Records, from_bytes, scan_facts, to_bytes
 from tests.conftest import run_bundle, write_nifti
 
 # rounds of four shards, two of which are killed; docs/reproduce.md tells of five. Else two shards and one kill, once
@@ -106,6 +106,20 @@ def test_records_come_back_as_they_were(tmp_path):
     assert records(x=1).all() == [{"failure": "out of memory"}, {"y": 3}]
     write_nifti(file, np.zeros((3, 2, 2)))
     assert records(x=1).read(items[0]) is None  # another scan of the same name
+
+
+def test_a_scan_of_several_files_is_another_when_one_of_them_is(tmp_path):
+    for name in ("series/1.dcm", "series/2.dcm", "a.hdr", "a.img", "b.mhd", "b.raw"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"before")
+    for image, part in (("series", "series/2.dcm"), ("a.img", "a.hdr"), ("b.mhd", "b.raw")):
+        scan = {"name": "a", "image": str(tmp_path / image)}
+        before, folder = scan_facts(scan), (tmp_path / part).parent.stat()
+        (tmp_path / part).write_bytes(b"change")
+        os.utime(tmp_path / part, (2e9, 2e9))
+        os.utime((tmp_path / part).parent, ns=(folder.st_atime_ns, folder.st_mtime_ns))
+        assert before["image"] != scan_facts(scan)["image"] and len(before["image"]) == 3
+    assert scan_facts({"image": str(tmp_path / "gone")}) == {}
 
 
 def contents(folder):

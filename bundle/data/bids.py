@@ -18,6 +18,7 @@ SUFFIXES = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR"}
 _DESCRIPTION, _US = "dataset_description.json", "patch2loc_brain_mri"
 _ENDINGS = ("nii", "nii.gz")
 _NAME = re.compile(rf"(sub-[^_]+)(_ses-[^_]+)?((?:_[a-z]+-[^_]+)*)_({'|'.join(SUFFIXES.values())})")
+_DESC = re.compile("_desc-[^_]+")
 _VISIT = re.compile(r"(sub-[^_]+)(_ses-[^_]+)?_combined")
 # ending of each result's name: what is not told of by BIDS is kept from its validator
 _KINDS = {"heatmap": "desc-heatmap_{0}", "lesion": "desc-lesion{0}_mask", "report": "desc-lesion{0}_report"}
@@ -43,13 +44,15 @@ def is_bids(folder: str | Path) -> bool:
 def find_bids_scans(folder: str | Path, contrast: str | None = None) -> list[dict[str, str]]:
     """T1w, T2w and FLAIR scans of a BIDS dataset, by their suffixes, sorted: ``image``, ``name`` (the file's, without
     its ending), ``subject``, ``session`` (with "sub-" and "ses-"; the latter may be missing), ``contrast``, and
-    ``bids``, the path in the dataset. Scans with a contrast agent (ce-) are left out, and counted aloud.
+    ``bids``, the path in the dataset. Left out, and told aloud, are scans with a contrast agent (ce-), and those whose
+    results would have the place of another's (`result_path`): the same with a ``desc-``, and a .nii beside a .nii.gz.
 
     Args:
         folder: the dataset.
         contrast: "t1", "t2" or "flair"; None takes all.
     """
-    found, enhanced = [], 0
+    found: dict[str, dict[str, str]] = {}
+    enhanced, doubles = 0, []
     for told, suffix in SUFFIXES.items():
         places = (f"sub-*/{session}anat/sub-*_{suffix}.{ending}" for session in ("", "ses-*/") for ending in _ENDINGS)
         for path in (p.relative_to(folder).as_posix() for place in places for p in Path(folder).glob(place)):
@@ -60,10 +63,16 @@ def find_bids_scans(folder: str | Path, contrast: str | None = None) -> list[dic
                 enhanced += 1
                 continue
             item = {"image": str(Path(folder) / path), "name": stem(path), "subject": match[1], "contrast": told}
-            found.append({**item, "bids": path, **({"session": match[2][1:]} if match[2] else {})})
+            item |= {"bids": path, **({"session": match[2][1:]} if match[2] else {})}
+            place = _DESC.sub("", stem(path))
+            both = sorted(filter(None, (found.get(place), item)), key=lambda i: (len(i["name"]), -len(i["image"])))
+            found[place] = both[0]
+            doubles += [other["bids"] for other in both[1:]]
+    if doubles:
+        warnings.warn(f"{folder}: left out, as of the same scan as others: {', '.join(sorted(doubles))}")
     if enhanced:
         warnings.warn(f"{folder}: {enhanced} scans with a contrast agent (ce-) are left out")
-    return sorted(found, key=lambda item: item["bids"])
+    return sorted(found.values(), key=lambda item: item["bids"])
 
 
 def result_path(output_dir: str | Path, name: str, what: str) -> Path:
@@ -83,7 +92,7 @@ def result_path(output_dir: str | Path, name: str, what: str) -> Path:
         return Path(output_dir) / name / f"{name}_{what}"
     subject, session = match[1], match[2] or ""
     others, suffix = match.groups()[2:] or ("", "Combined")
-    base = f"{subject}{session}" + re.sub("_desc-[^_]+", "", others)
+    base = f"{subject}{session}" + _DESC.sub("", others)
     told = _KINDS.get(kind, f"desc-{kind}{{0}}_dseg").format(suffix)
     told = told.replace("desc-heatmap_Combined", "desc-combined_heatmap")
     return Path(output_dir) / subject / session.strip("_") / "anat" / f"{base}_{told}.{ending}"

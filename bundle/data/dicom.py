@@ -24,7 +24,8 @@ from .itk_files import is_number
 _FEWEST_SLICES = 4
 # words of a series' description, and times in ms where it has none
 _NO_SCAN = {"loc", "localizer", "scout", "survey", "adc", "dwi", "dti", "trace", "swi", "perf", "asl", "bold", "mip"}
-_NO_SCAN |= {"pd", "gd", "gad", "gado", "post", "ce", "mra", "tof", "t2star"}
+_NO_SCAN |= {"pd", "post", "mra", "tof", "t2star"}
+_AGENT = {"gd", "gad", "gado", "gadolinium", "ce", "km"}  # km: Kontrastmittel
 _NO_SCAN_MODALITIES = {"SEG", "RTSTRUCT", "SR", "PR", "KO"}
 _T1_NAMES = {"mprage", "spgr", "fspgr", "bravo", "tfl", "tfe", "mp2rage"}
 
@@ -55,7 +56,9 @@ def read_dicom(folder: str, contrast: str | None = None, name: str | None = None
         raise InputError(f"{name}: its DICOM series is not one grey-scale volume")
     scan = from_sitk(image)
     scan.meta["filename_or_obj"] = name
-    scan.meta["named_contrast"] = _describe_series(files)[1] or ""
+    described, named = _describe_series(files)
+    scan.meta["named_contrast"] = named or ""
+    scan.meta["contrast_agent"] = names_agent(described) or bool(_tag(files[0], "0018|0010"))
     return scan
 
 
@@ -161,13 +164,19 @@ def study_of(folder: str | Path) -> str:
 def named_contrast(text: str) -> str | None:
     """Contrast that a name or description tells: "t1", "t2", "flair"; None for any other, or none."""
     words = _words(text)
-    if words & _NO_SCAN:
+    if words & _NO_SCAN or names_agent(text):
         return None
     if words & _T1_NAMES or any(word.startswith("t1") for word in words):
         return "t1"
     if any(word.startswith(("flair", "tirm", "dark")) for word in words):
         return "flair"
     return "t2" if any(word.startswith("t2") for word in words) else None
+
+
+def names_agent(text: str) -> bool:
+    """Whether a name or description tells of a contrast agent: "T1 post Gd", "t1ce", "T1w +C"."""
+    agents = "|".join(_AGENT)
+    return bool(_words(text) & _AGENT or re.search(rf"t1w?({agents}|c)(?![a-z])|\+\s*c(?![a-z])", text.lower()))
 
 
 def _words(text: str) -> set[str]:
@@ -190,7 +199,11 @@ def _describe_series(files: Sequence[str]) -> tuple[str, str | None]:
         for tag in tags
     )
     told, shown = f"{text} {protocol}", " ".join((text or protocol).split())[:60]
-    if _words(told) & _NO_SCAN or (len(files) < _FEWEST_SLICES and reader.GetSize()[2] < _FEWEST_SLICES):
+    if (
+        _words(told) & _NO_SCAN
+        or names_agent(told)
+        or (len(files) < _FEWEST_SLICES and reader.GetSize()[2] < _FEWEST_SLICES)
+    ):
         return shown, None
     if named := named_contrast(told):
         return shown, named

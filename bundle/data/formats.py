@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 _NIFTI = (".nii.gz", ".nii")
@@ -30,6 +31,18 @@ def analyze_pair(path: str | Path) -> tuple[Path, Path] | None:
     ending = halves[path.suffix.lower()]
     other = path.with_suffix(ending.upper() if path.suffix.isupper() else ending)
     return (other, path) if ending == ".hdr" else (path, other)
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """All files that a scan is read from: of a folder those in it; of a header whose voxels lie in another file, those
+    of its name; else the file itself. None if there is nothing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return sorted(f for f in path.rglob("*") if f.is_file())
+    if path.suffix.lower() in (".hdr", ".img", ".mhd", ".nhdr"):
+        return sorted(f for f in path.parent.glob(f"{escape(path.stem)}.*") if f.is_file())
+    return [path] if path.exists() else []
 
 
 def is_dicom(path: str | Path) -> bool:

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+from bundle.errors import InputError
+
+from .files import file_hash
 from .volumes import write_volume
 
 # of 16 bit, the last four are left 0: nobody knows such maps that finely, and the files are a quarter smaller
@@ -85,15 +88,15 @@ def population_maps(
     return mean[None], squared.sqrt().clamp(min=0.25 * float(overall))[None]
 
 
-def write_maps(path: str | Path, maps: Mapping[str, torch.Tensor], affine: np.ndarray) -> dict[str, dict[str, float]]:
+def write_maps(path: str | Path, maps: Mapping[str, torch.Tensor], affine: np.ndarray) -> dict[str, Any]:
     """Write maps ``[1, h, w, d]`` into one NIfTI file, as integers of 16 bit with a scale each: a tenth of the size,
     and finer than such maps are known.
 
     Returns:
         for each map its ``volume`` in the file, and the values ``lowest`` and ``highest`` of its codes: what
-        `read_maps` needs.
+        `read_maps` needs; and the ``sha256`` of the file.
     """
-    index: dict[str, dict[str, float]] = {}
+    index: dict[str, Any] = {}
     codes = []
     for number, (name, volume) in enumerate(maps.items()):
         low, high = float(volume.min()), float(volume.max())
@@ -101,15 +104,23 @@ def write_maps(path: str | Path, maps: Mapping[str, torch.Tensor], affine: np.nd
         share = (volume[0] - low) / max(high - low, 1e-12)
         codes.append(((share * (_CODES // _STEP)).round() * _STEP).numpy().astype(np.uint16))
     write_volume(path, np.stack(codes, -1), affine)
-    return index
+    return {**index, "sha256": file_hash(path)}
 
 
-def read_maps(path: str | Path, index: Mapping[str, Mapping[str, float]]) -> dict[str, torch.Tensor]:
-    """The maps that `write_maps` wrote; errors are those of nibabel, NumPy and of a damaged ``index``."""
+def read_maps(path: str | Path, index: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The maps that `write_maps` wrote; errors are those of nibabel, NumPy and of a damaged ``index``.
+
+    Raises:
+        InputError: another file than was written with the index: its codes would stand for other values. (Versions
+            before 0.21.0 wrote no hash to tell by.)
+    """
+    if index.get("sha256") not in (None, file_hash(path)):
+        raise InputError(f"{path}: is not the file that belongs to the .json beside it; copy both together")
     file: Any = nib.load(path)
     stored = np.asanyarray(file.dataobj).astype(np.float32)
     return {
         name: torch.from_numpy(stored[..., int(m["volume"])].copy())[None] / _CODES * (m["highest"] - m["lowest"])
         + m["lowest"]
         for name, m in index.items()
+        if name != "sha256"
     }

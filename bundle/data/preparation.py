@@ -18,6 +18,7 @@ from bundle.errors import InputError
 from .atlas import atlas_overlap, contrast_doubt, load_atlas
 from .datalist import CHAIN, VOLUME_KEYS
 from .files import read_json, write_json
+from .formats import files_of
 from .own_volume import scan_to_atlas
 from .volumes import write_volume
 
@@ -60,8 +61,8 @@ class Preparation:
         return self.dataset_dir / "records" / f"{scan['subject']}_{scan['contrast']}.json"
 
     def _made_from(self, scan: Mapping[str, str]) -> str:
-        there = {k: Path(scan[k]) for k in VOLUME_KEYS if k in scan and Path(scan[k]).exists()}
-        files = {k: [file.stat().st_size, file.stat().st_mtime] for k, file in there.items()}
+        there = {k: [f.stat() for f in files_of(scan[k])] for k in VOLUME_KEYS if k in scan}
+        files = {k: [sum(f.st_size for f in s), max(f.st_mtime for f in s)] for k, s in there.items() if s}
         return hashlib.sha256(json.dumps([_FORMAT, dict(self.settings), files], sort_keys=True).encode()).hexdigest()
 
     def __call__(self, scan: Mapping[str, str]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class Preparation:
         made_from, done = self._made_from(scan), self.record(scan)
         if "item" in done:
             return done["item"]
-        data = self.preprocessing({key: scan[key] for key in VOLUME_KEYS if key in scan})
+        data = self.preprocessing({key: scan[key] for key in (*VOLUME_KEYS, "contrast") if key in scan})
         atlas = load_atlas(self.atlas)
         overlap = atlas_overlap(data["brain_mask"], atlas)
         item: dict[str, Any] = {key: f"{key}s/{name}.nii.gz" for key in VOLUME_KEYS if key in data}
@@ -84,7 +85,7 @@ class Preparation:
             for key, file in item.items():
                 volume = data[key][0].numpy()
                 if key != "image":
-                    volume = np.rint(volume).astype(np.uint8 if volume.max() < 256 else np.int32)
+                    volume = np.rint(volume.clip(min=0)).astype(np.uint8 if volume.max() < 256 else np.int32)
                 write_volume(self.dataset_dir / file, volume, data[key].affine)
             if self.draw_alignment:
                 expected = ResampleToMatch(mode="nearest", padding_mode="zeros")(

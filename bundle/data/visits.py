@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,10 @@ def list_visits(scans: Sequence[Mapping[str, Any]], combine: bool = True) -> lis
         if key is not None:
             groups.setdefault(key, []).append(scan)
     several = {key: group for key, group in groups.items() if len({_told(s) or s["name"] for s in group}) > 1}
-    others = named_uniquely([{"image": key[1]} for key in several if key[0] != "bids"])
+    shared = Counter(key[1] for key in several if key[0] != "bids")
+    # several studies of one folder are told apart by a hash: a UID may tell whose it is
+    apart = {key: f"_{sha256(key[-1].encode()).hexdigest()[:8]}" if shared[key[1]] > 1 else "" for key in several}
+    others = named_uniquely([{"image": key[1] + apart[key]} for key in several if key[0] != "bids"])
     names = iter(item["name"] for item in others)
     taken = {scan["name"] for scan in scans}
     visits = [

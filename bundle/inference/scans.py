@@ -11,7 +11,7 @@ from ignite.engine import Events
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from bundle.errors import explain
+from bundle.errors import InputError, explain
 
 
 class ScanDataset(Dataset):
@@ -51,6 +51,13 @@ class ScanEvaluator(SupervisedEvaluator):
             gc.freeze()  # there is nothing to free among all that was imported, and looking takes longest there
             try:
                 super().run(*args, **kwargs)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise InputError(
+                    "a process that reads scans was killed (was there enough memory?); what is done is kept: run again "
+                    "with fewer --num_workers"
+                ) from error
             finally:
                 gc.unfreeze()
             return

@@ -127,7 +127,7 @@ class ToSpaced(MapTransform):
         d = KeepVolumed(lesions, self.min_lesion_mm3)(FillOutsided(heatmaps, "brain")(d))
         d["image"] = d["image"].clamp(min=1e-3) * d["brain"]
         if "source" in d:
-            d["to_atlas"] = np.eye(4)  # undone
+            d |= {"to_atlas": np.eye(4), "native_to_atlas": to_atlas}  # undone; still tells where a finding lies
         return IgnoreLabelsd("label")({**d, "label": target}) if of == "label" else d
 
 

@@ -29,6 +29,8 @@ from .table import COLUMNS, is_done, write_table
 if TYPE_CHECKING:
     from .visits import CombineVisits
 
+_TABLE_SHARE = 20.0  # the table is not written again before so many times as long as that took
+
 
 class SaveFindings:
     """Handler: write every scan's results, and ``summary.csv`` with one row each, those of earlier runs into the same
@@ -81,6 +83,7 @@ class SaveFindings:
         self.shard = Shard.of(shard)
         self.records: Records | None = None
         self.begun = self.started = time.monotonic()
+        self.next_table = 0.0
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -160,8 +163,11 @@ class SaveFindings:
             self.rows.append(row)
             if self.records and scan:
                 self.records.write(scan, row)
-            if is_main() and not self.shard:  # shards would rewrite each other's table all the time
+            # shards would rewrite each other's table all the time; one of thousands of scans takes its time to write
+            if is_main() and not self.shard and time.monotonic() > self.next_table:
+                begun = time.monotonic()
                 self._write_table()
+                self.next_table = time.monotonic() + _TABLE_SHARE * (time.monotonic() - begun)
             told = row["status"] if failure else f"{row['lesions']} lesions, {row['lesion_volume_ml']} ml"
             told += "" if failure or row["status"] == "ok" else f", {row['status']}"
             done = len(self.rows)

@@ -89,7 +89,7 @@ class SaveMetrics:
         """``cases/NAME.html``: the viewer of a case, where the metrics are taken, with its true lesions."""
         cut, fusion = self.find_lesions, self.find_lesions.calibration.load().fusion
         image, heatmap, lesion = (data[key].cpu() for key in ("image", "heatmap", "lesion"))
-        result = describe_findings(heatmap, lesion, image > 0, data.get("to_atlas"), image)
+        result = describe_findings(heatmap, lesion, image > 0, data.get("to_atlas"), data.get("native_to_atlas"))
         write_viewer(
             self.output_dir / f"cases/{name}.html",
             name,

@@ -32,7 +32,7 @@ def describe_findings(
     lesion: MetaTensor,
     brain_mask: torch.Tensor,
     to_atlas: Any = None,
-    image: MetaTensor | None = None,
+    aligned: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """A scan in figures, all plain numbers: ``max_score`` and ``mean_score`` of its brain, ``lesion_volume_ml``, and
     ``lesions`` (26 neighbours), the strongest first, with ``volume_ml``, ``max_score``, and where they are (mm, RAS):
@@ -41,12 +41,12 @@ def describe_findings(
     Args:
         heatmap, lesion, brain_mask: ``[1, X, Y, Z]`` on one grid.
         to_atlas: of the scan's item, if it has one, see `own_voxel_mm3`: volumes are the scan's own.
-        image: the scan as it was aligned, whose history tells the way to the atlas; None if it lies there.
+        aligned: 4x4 matrix from the heatmap's world to the atlas (RAS mm); None if it lies there.
     """
     scores, found = heatmap[0].numpy(), lesion[0].numpy() > 0
     inside = scores[np.asarray(brain_mask[0]) > 0]
     affine = np.asarray(heatmap.affine)
-    aligned = np.eye(4) if image is None else scan_to_atlas(image)
+    to_place = affine if aligned is None else aligned @ affine
     ml = own_voxel_mm3(heatmap, to_atlas) / 1000
     lesions = [
         {
@@ -54,7 +54,7 @@ def describe_findings(
             "max_score": float(region.intensity_max),
             "center_mm": _place(affine, region.centroid),
             "peak_mm": _place(affine, region.coords[np.argmax(scores[tuple(region.coords.T)])]),
-            "center_atlas_mm": _place(aligned @ affine, region.centroid),
+            "center_atlas_mm": _place(to_place, region.centroid),
         }
         for region in regionprops(connected(found, connectivity=3), intensity_image=scores)
     ]
@@ -109,7 +109,8 @@ class LabelMapd(MapTransform):
         d = dict(data)
         contrast = d.get("contrast")
         heatmap, lesion = d[self.keys[0]].cpu(), d[self.lesion_key].cpu()
-        result = describe_findings(heatmap, lesion, d[self.mask_key].cpu(), d.get("to_atlas"), d.get("image"))
+        aligned = scan_to_atlas(d["image"]) if "image" in d else None
+        result = describe_findings(heatmap, lesion, d[self.mask_key].cpu(), d.get("to_atlas"), aligned)
         d["result"] = {
             **result,
             "score": self.find_lesions.score,

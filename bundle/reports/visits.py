@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from bundle.command_line import run_records
 from bundle.data.files import write_json
-from bundle.data.own_volume import own_voxel_mm3
+from bundle.data.own_volume import own_voxel_mm3, scan_to_atlas
 from bundle.errors import InputError, explain
 from bundle.scoring import FindLesionsd, combine_contrasts, excess_ml, leading_contrast, sees
 from bundle.transforms import EXAMINED, KeepVolumed, LoadScand, register_rigidly
@@ -123,17 +123,17 @@ class CombineVisits:
             raise InputError("contrasts are compared by their thresholds, which must be above 0; change --threshold")
         excess = {}
         for contrast, (scan, _) in parts.items():
-            own = _load(output_dir, scan, contrast, ("heatmap", "lesion"))
+            own = _load(output_dir, scan, ("heatmap", "lesion"))
             score, found = own["heatmap"][0].numpy() / thresholds[contrast], own["lesion"][0].numpy() > 0
             excess[contrast] = excess_ml(score, found, own_voxel_mm3(own["heatmap"]) / 1000)
         leading = leading_contrast(excess, {c: row["status"] != "ok" for c, (_, row) in parts.items()})
         contrasts = [leading, *sorted((c for c in parts if c != leading), key=lambda c: -excess[c])]
         doubts = [f"{c}: {row['status'].partition(': ')[2]}" for c, (_, row) in parts.items() if row["status"] != "ok"]
         scan, row = parts[leading]
-        lead = _load(output_dir, scan, leading, ("image", *VOLUMES))
+        lead = _load(output_dir, scan, ("image", *VOLUMES))
         on_grid = {leading: lead}
         for contrast in contrasts[1:]:
-            other = _load(output_dir, parts[contrast][0], contrast, ("image", *VOLUMES))
+            other = _load(output_dir, parts[contrast][0], ("image", *VOLUMES))
             on_grid[contrast], doubt = _brought(other, lead, self.find_lesions.min_lesion_mm3)
             doubts += [f"{contrast}: {doubt}"] if doubt else []
         # what an interpolated brain has beyond the scan's mask; outside, a heatmap is at its lowest
@@ -148,7 +148,7 @@ class CombineVisits:
         lesion = MetaTensor(torch.as_tensor(mask)[None].float()).copy_meta_from(lead["heatmap"])
         inside = MetaTensor(brain.float()).copy_meta_from(lead["heatmap"])
         placed = self.align({"image": lead["image"], "brain_mask": inside})["image"]
-        result = describe_findings(heatmap, lesion, inside, image=placed)
+        result = describe_findings(heatmap, lesion, inside, aligned=scan_to_atlas(placed))
         regions, _ = ndimage.label(mask, np.ones((3, 3, 3)))
         to_voxel = np.linalg.inv(np.asarray(heatmap.affine, float))
         for finding in result["lesions"]:
@@ -179,7 +179,7 @@ def _made_from(output_dir: Path, parts: Parts) -> dict[str, list[Any]]:
     return {c: [f.name, f.stat().st_size, f.stat().st_mtime_ns] for c, f in sorted(files.items()) if f}
 
 
-def _load(output_dir: Path, scan: Mapping[str, Any], contrast: str, kinds: Sequence[str]) -> dict[Any, Any]:
+def _load(output_dir: Path, scan: Mapping[str, Any], kinds: Sequence[str]) -> dict[Any, Any]:
     """Volumes of a scan's answer; ``image`` is the scan itself, with its ``label`` where it has one."""
     files: dict[Any, Any] = {kind: result_file(output_dir, scan["name"], kind) for kind in kinds if kind != "image"}
     gone = [kind for kind, file in files.items() if file is None]
@@ -187,7 +187,8 @@ def _load(output_dir: Path, scan: Mapping[str, Any], contrast: str, kinds: Seque
         raise InputError(f"{scan['name']}: its {gone[0]} is gone from {output_dir}; run with --overwrite True")
     if "image" in kinds:
         files |= {key: scan[key] for key in ("image", "label") if key in scan}
-    return LoadScand(list(files), contrast=contrast)(files)
+    # of several series in a folder the one that was looked at: what was told from it did not choose it
+    return LoadScand(list(files), contrast=scan.get("contrast"))(files)
 
 
 def _brought(own: Mapping[Any, Any], lead: Mapping[Any, Any], min_lesion_mm3: float) -> tuple[dict[Any, Any], str]:

@@ -11,7 +11,7 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from scipy.stats import spearmanr
 
-from bundle.data.dicom import named_contrast
+from bundle.data.dicom import named_contrast, names_agent
 from bundle.data.files import AUTO, calibrated_contrasts, require_contrast
 from bundle.data.formats import stem
 from bundle.errors import InputError, flag
@@ -53,7 +53,8 @@ class TellContrastd(MapTransform):
     the one that its list names, else the one whose healthy people it goes with best (`contrast_likeness`).
 
     What a file's name or a DICOM series' description says decides only between two that fit about as well; where it
-    says otherwise than the scan, the scan counts, and is flagged. Flagged, too, is a scan that goes with none.
+    says otherwise than the scan, the scan counts, and is flagged. Flagged, too, is a scan that goes with none, and one
+    whose name or header tells of a contrast agent.
 
     Args:
         keys: the scan ``[1, H, W, D]`` on the atlas grid (one key), without shading.
@@ -82,6 +83,8 @@ class TellContrastd(MapTransform):
             elif contrast not in known:
                 name = image.meta.get("filename_or_obj", self.keys[0])
                 raise InputError(f"{name}: is {contrast} by its list, and {self.ckpt_dir} has {', '.join(known)} only")
+        if image.meta.get("contrast_agent") or names_agent(stem(str(image.meta.get("filename_or_obj", "")))):
+            d = flag(d, "its name or header tells of a contrast agent; the models know scans without")
         d["contrast"] = contrast
         d[self.keys[0]] = image.clone()
         d[self.keys[0]].meta["contrast"] = contrast

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import logging
-import warnings
 import zlib
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImage, MapTransform
+from monai.transforms import MapTransform
 from nibabel.openers import ImageOpener
 
 from bundle.data.dicom import read_dicom, read_dicom_zip
@@ -34,8 +32,9 @@ class LoadScand(MapTransform):
     """Load volumes as ``[1, X, Y, Z]`` (`MetaTensor`, float32, voxels as the file has them): NIfTI, MGZ and Analyze
     through nibabel, NRRD, MetaImage and DICOM series (in a folder or a zip) through ITK.
 
-    A 4D file is accepted if it holds one volume, and so is a `MetaTensor` in the place of a path, ``[X, Y, Z]`` or with
-    a channel before.
+    A NIfTI file's affine is its sform, else its qform, as nibabel tells. (MONAI's reader takes another where the voxel
+    size beside it is rounded, and loses the orientation.) A 4D file is accepted if it holds one volume, and so is a
+    `MetaTensor` in the place of a path, ``[X, Y, Z]`` or with a channel before.
 
     Args:
         keys: paths.
@@ -49,21 +48,13 @@ class LoadScand(MapTransform):
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, contrast: str | None = None) -> None:
         super().__init__(keys, allow_missing_keys)
         self.contrast = None if contrast == AUTO else contrast
-        # MONAI makes every reader it knows; one of them warns of a GPU decoder that no scan needs here
-        logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
-            self.load = LoadImage(reader="NibabelReader", image_only=True, ensure_channel_first=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
             if isinstance(d[key], MetaTensor):
                 file, image = d[key].meta.get("filename_or_obj", key), d[key]
-                image = MetaTensor(image if image.ndim > 3 else image[None], dtype=torch.float32)
-                image.meta.setdefault("original_affine", image.affine.numpy())
-                image.meta.setdefault("spatial_shape", np.array(image.shape[1:]))
-                d[key] = _check(image, file)
+                d[key] = _check(MetaTensor(image if image.ndim > 3 else image[None], dtype=torch.float32), file)
             else:
                 file = str(d[key])
                 if Path(file).is_dir() or file.lower().endswith(".zip"):
@@ -74,19 +65,27 @@ class LoadScand(MapTransform):
                     d[key] = _check(read_itk(file), file)
                 else:
                     doubt = check_header(file)
-                    d[key] = self._read(file)
+                    d[key] = _read(file)
                     if doubt:
                         d = flag(d, f"{Path(file).name}: {doubt}")
             if min(d[key].shape[1:]) < _FEWEST_VOXELS:
                 raise InputError(f"{file}: has {'x'.join(map(str, d[key].shape[1:]))} voxels; a scan has more slices")
         return d
 
-    def _read(self, file: str) -> MetaTensor:
-        try:
-            image = self.load(file)
-        except Exception as error:  # nibabel, zlib and NumPy each have their own for a broken file
-            raise InputError(f"{file}: cannot be read as {_called(file)}; is the file complete?") from error
-        return _check(image[..., 0] if image.ndim == 5 and image.shape[0] == 1 else image, file)
+
+def _read(file: str) -> MetaTensor:
+    try:
+        image: Any = nib.squeeze_image(nib.load(file))
+        values = np.asanyarray(image.dataobj)
+    except Exception as error:  # nibabel, zlib and NumPy each have their own for a broken file
+        raise InputError(f"{file}: cannot be read as {_called(file)}; is the file complete?") from error
+    volumes = np.moveaxis(values, -1, 0) if values.ndim == 4 else values[None]
+    volume = MetaTensor(
+        torch.as_tensor(np.ascontiguousarray(volumes, np.float32)),
+        affine=torch.as_tensor(image.affine),
+        meta={"filename_or_obj": file},
+    )
+    return _check(volume, file)
 
 
 def check_header(file: str) -> str:
@@ -133,7 +132,7 @@ def check_header(file: str) -> str:
     forms = [f for f in (_form(header, "sform"), _form(header, "qform")) if f is not None]
     if not forms:
         raise InputError(f"{file}: its header has no orientation (sform and qform are not set); set one")
-    if not _usable(forms[0]):  # MONAI's reader would make one up
+    if not _usable(forms[0]):
         raise InputError(f"{file}: its header has no usable orientation (affine); repair it")
     if len(forms) == 2 and all(_usable(f) for f in forms):
         if np.linalg.det(forms[0][:3, :3]) * np.linalg.det(forms[1][:3, :3]) < 0:

@@ -139,6 +139,8 @@ class ResampleToGridd(MapTransform, InvertibleTransform):
                 )
             if mode == "bilinear" and inside is not None and share is not None:
                 volume = MetaTensor(torch.where(inside, volume.as_tensor(), 0.0)).copy_meta_from(volume)
+                if not volume.isfinite().all():  # one such voxel would take the level of the whole map
+                    raise InputError(f"{volume.meta.get('filename_or_obj', key)}: has brain voxels that are not finite")
                 volume = self.resample(volume)
                 volume.set_(torch.where(share > 0.01, volume.as_tensor() / share.clamp(min=0.01), 0.0))
                 d[key] = volume

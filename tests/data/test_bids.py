@@ -45,6 +45,16 @@ def test_scans_are_found_by_suffix_and_nothing_else_is(tmp_path):
         list_scans(tmp_path / "empty", contrast="flair")
 
 
+def test_of_scans_whose_results_would_share_a_place_one_is_taken(tmp_path):
+    names = ("sub-1_T1w.nii", "sub-1_T1w.nii.gz", "sub-1_desc-brain_T1w.nii.gz", "sub-1_run-2_T1w.nii.gz")
+    touch(tmp_path, *(f"sub-1/anat/{name}" for name in names), "sub-2/anat/sub-2_desc-preproc_T1w.nii.gz")
+    with pytest.warns(
+        UserWarning, match=r"left out.*: sub-1/anat/sub-1_T1w\.nii, sub-1/anat/sub-1_desc-brain_T1w\.nii\.gz"
+    ):
+        scans = find_bids_scans(tmp_path)
+    assert [Path(s["bids"]).name for s in scans] == [names[1], names[3], "sub-2_desc-preproc_T1w.nii.gz"]
+
+
 def test_places_of_results(tmp_path):
     assert result_path(tmp_path, "sub-1_T1w", "lesion.nrrd") == tmp_path / "sub-1_T1w/sub-1_T1w_lesion.nrrd"
     touch(tmp_path, "dataset_description.json")

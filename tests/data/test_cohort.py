@@ -7,6 +7,7 @@ import pytest
 from bundle.data import Recipe, find_scans, load_recipe, prepare_cohort, split_people
 from bundle.data.cohort import _require_own_list
 from bundle.data.phantom import load_anatomy
+from bundle.data.preparation import Preparation
 from bundle.errors import InputError
 from tests.conftest import ROOT, ellipsoid, run_bundle, write_nifti
 
@@ -227,3 +228,16 @@ def test_nothing_to_prepare_is_said(tmp_path):
         prepare_cohort(Recipe({"t1": "{subject}.nii"}), tmp_path / "in", tmp_path / "out", lambda x: x)
     with pytest.raises(InputError, match="lies in the source folder"):
         prepare_cohort(Recipe({"t1": "{subject}.nii"}), tmp_path, tmp_path / "out", lambda x: x)
+
+
+def test_the_recipes_contrast_chooses_among_series(tmp_path):
+    seen = {}
+
+    def chain(data):
+        seen.update(data)
+        raise InputError("seen")
+
+    scan = {"subject": "a", "person": "a", "contrast": "t2", "image": str(tmp_path)}
+    with pytest.raises(InputError, match="seen"):
+        Preparation(tmp_path, chain)(scan)
+    assert seen == {"image": str(tmp_path), "contrast": "t2"}

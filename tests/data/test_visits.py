@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,11 @@ def test_dicom_series_of_one_study_are_a_visit(tmp_path):
         other.StudyInstanceUID = first.StudyInstanceUID
         other.save_as(file)
     assert visits(tmp_path) == {"anna_combined": ["S1", "S2"]}
+    shutil.copytree(tmp_path / "anna/S3", tmp_path / "anna/S4")  # and of another study of hers
+    found = visits(tmp_path)
+    assert sorted(found.values()) == [["S1", "S2"], ["S3", "S4"]]
+    assert all(re.fullmatch("anna_[0-9a-f]{8}_combined", name) for name in found)
+    shutil.rmtree(tmp_path / "anna/S4")
     shutil.rmtree(tmp_path / "anna/S2")
     assert visits(tmp_path) == {}
 

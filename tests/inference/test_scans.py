@@ -1,10 +1,14 @@
 import gc
+import os
+import signal
 import weakref
 
+import pytest
 import torch
 from ignite.engine import Events
 from monai.data import DataLoader
 
+from bundle.errors import InputError
 from bundle.inference import ScanDataset, ScanEvaluator
 
 
@@ -55,6 +59,16 @@ def test_a_scan_that_fails_does_not_stop_the_others():
     assert outputs[2] == {"name": "b", "failure": outputs[2]["failure"]} and "two" in outputs[2]["failure"]
     assert float(outputs[3]["pred"].max()) == 3
     assert run([], postprocessing) == ([], [])
+
+
+def killed(item):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_that_is_killed_ends_in_one_line(monkeypatch):
+    monkeypatch.setitem(globals(), "prepare", killed)
+    with pytest.raises(InputError, match=r"was killed .*fewer --num_workers"):
+        run([{"name": "a", "value": 1.0}], lambda data: data, workers=1)
 
 
 def test_a_scan_is_gone_before_the_one_after_the_next():

@@ -10,6 +10,7 @@ from scipy.spatial.transform import Rotation
 
 from bundle.errors import InputError
 from bundle.metrics import ToSpaced, measure_methods, method_keys
+from bundle.reports.viewer import describe_findings
 from tests.conftest import ellipsoid, meta, write_nifti
 
 GRID = np.diag([2.0, 2.0, 2.0, 1.0])
@@ -70,6 +71,12 @@ def test_native_space_is_that_of_the_scans_own_label(tmp_path):
     assert figures["other"].values["sensitivity"] > 0.99  # the whole brain covers the lesion there, too
     brain_ml = float((out["image"] > 0).sum()) * 3 / 1000
     assert brain_ml == pytest.approx(float((data["image"] > 0).sum()) * 8 / 1000 / (1.05 * 0.95), rel=0.03)
+    (finding,) = describe_findings(out["heatmap"], out["lesion"], out["image"] > 0, aligned=out["native_to_atlas"])[
+        "lesions"
+    ]
+    expected = nib.affines.apply_affine(GRID, (14, 12, 10))
+    np.testing.assert_allclose(finding["center_atlas_mm"], expected, atol=1)
+    assert np.linalg.norm(np.subtract(finding["center_mm"], expected)) > 5
     outside = out["image"].as_tensor() == 0
     assert (out["heatmap"].as_tensor()[outside] == out["heatmap"].as_tensor().min()).all()
 

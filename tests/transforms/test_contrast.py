@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy import stats
 
-from bundle.data.dicom import named_contrast
+from bundle.data.dicom import named_contrast, names_agent
 from bundle.data.files import calibrated_contrasts, model_file, of_contrast
 from bundle.errors import InputError
 from bundle.transforms import NormalizeBrainIntensityd, TellContrastd, contrast_likeness, fit_normative
@@ -115,3 +115,22 @@ def test_files_of_a_contrast(tmp_path):
 )
 def test_names_of_contrasts(text, contrast):
     assert named_contrast(text) == contrast
+
+
+@pytest.mark.parametrize(
+    ("text", "agent"),
+    [
+        *(
+            (t, True)
+            for t in ("BraTS-01_t1ce", "sub_t1gd", "T1w + C", "t1c", "T1 post gd", "ax t1 KM", "sub_T1CE_brain")
+        ),
+        *((t, False) for t in ("t1_cor", "T1_center2", "t1cube", "postop_T1w", "FLAIR", "t2_space")),
+    ],
+)
+def test_names_of_contrast_agents(models, text, agent):
+    assert names_agent(text) == agent
+    if agent:
+        assert named_contrast(text) is None
+    contrast, flags = tell(models, scan("t1"), file=f"x/{text}.nii.gz")
+    assert contrast == "t1" and ("tells of a contrast agent" in flags) == agent
+    assert ("tells of a contrast agent" in tell(models, scan("t1"), "t1", file=f"x/{text}.nii.gz")[1]) == agent

@@ -21,6 +21,29 @@ def test_one_volume_with_its_geometry(tmp_path, shape):
     np.testing.assert_allclose(image.affine, AFFINE)
 
 
+@pytest.mark.parametrize(("shape", "zooms"), [((9, 8, 7), (0.9, 0.90003, 2.999)), ((9, 8, 7, 1), (0.9, 0.9, 3.0, 1.0))])
+@pytest.mark.parametrize("qform", [False, True])
+def test_the_sform_counts_whatever_the_voxel_size_beside_it(tmp_path, shape, zooms, qform):
+    affine = np.array([[-0.9, 0, 0, 80], [0, 0.9, 0, -100], [0, 0, 3.0, -60], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(np.zeros(shape, np.int16), None)
+    image.header.set_sform(affine, 1)
+    image.header.set_qform(affine if qform else None, 1 if qform else 0)
+    image.header.set_zooms(zooms)
+    nib.save(image, tmp_path / "a.nii.gz")
+    loaded = LoadScand("image")({"image": tmp_path / "a.nii.gz"})
+    np.testing.assert_allclose(loaded["image"].affine, affine, atol=1e-5)
+    assert loaded["image"].shape == (1, 9, 8, 7) and "flags" not in loaded
+
+
+def test_where_sform_and_qform_differ_the_sform_is_used_and_told(tmp_path):
+    image = nib.Nifti1Image(np.zeros((30, 30, 20), np.int16), np.diag([1, 1, 3.0, 1]))
+    image.header.set_qform(np.diag([1, 1, 2.5, 1]), 1)
+    nib.save(image, tmp_path / "a.nii")
+    loaded = LoadScand("image")({"image": tmp_path / "a.nii"})
+    np.testing.assert_allclose(loaded["image"].affine, np.diag([1, 1, 3.0, 1]))
+    assert loaded["flags"].endswith("the sform was used")
+
+
 def test_integers_with_a_slope_are_scaled(tmp_path):
     stored = nib.Nifti1Image(np.arange(120, dtype=np.int16).reshape(5, 6, 4), AFFINE)
     stored.header.set_slope_inter(0.5, 10)

@@ -109,6 +109,7 @@ def test_volumes_that_lie_elsewhere_than_their_scan_are_refused():
     for other, message in (
         (meta(np.ones((6, 6, 6))), "lies elsewhere than its scan"),
         (meta(np.ones((6, 6, 5)), mask.affine), "6x6x5 voxels where its scan has 6x6x6"),
+        (meta(np.where(np.arange(216) == 100, np.nan, 1).reshape(6, 6, 6), mask.affine), "voxels that are not finite"),
     ):
         with pytest.raises(InputError, match=message):
             resample({**image, "diffusion": other})
