@@ -5,4 +5,4 @@ One package per stage, imports in one direction only:
 ``metrics`` -> ``reports``; ``training`` beside them.
 """
 
-__version__ = "0.20.0"
+__version__ = "0.21.0"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,9 @@ def figures(folder: Path) -> Figures:
     return read_json(folder / "metrics.json", "evaluation")
 
 
-def of_case(name: str) -> Callable[[Figures, str], str]:
-    """AUPRC of the case whose name begins so, and its Dice at the operating point."""
-
-    def cell(found: Figures, method: str) -> str:
-        case = next(case for key, case in found["cases"].items() if key.startswith(name))[method]
-        return f"{case['auprc']:.3f} ({case['dice']:.2f})"
-
-    return cell
+def of_case(found: Figures, method: str) -> str:
+    """AUPRC of a case, and its Dice at the operating point."""
+    return f"{found[method]['auprc']:.3f} ({found[method]['dice']:.2f})"
 
 
 def of_all(found: Figures, method: str) -> str:
@@ -47,40 +42,45 @@ def of_all(found: Figures, method: str) -> str:
     return f"{mean['auprc_mean']:.3f} [{low:.2f}, {high:.2f}] ({mean['dice_mean']:.2f})"
 
 
+def of_size(found: Figures, size: str, method: str, beside: str = "") -> str:
+    """How many lesions of a size a method found, of how many; in brackets how many of them another one did."""
+    ours, other = (found["methods"][m]["lesions"][size] if m else None for m in (method, beside))
+    return f"{ours['found']} of {ours['lesions']}" + (f" ({other['found']})" if other else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of eval_t1, eval_glioma, eval_ms_t1, eval_healthy_t1 ...")
     folder = parser.parse_args().folder
     report_in_one_line()
-    patient26 = of_case("patient26")
-    patients = [(figures(folder / f"eval_{c}"), f"patient26 {name}", patient26) for c, name in CONTRASTS.items()]
-    glioma = figures(folder / "eval_glioma")
-    patients += [(glioma, f"{name} FLAIR", of_case(name)) for name in ("pat0001", "pat0005")]
-    planted = [
-        (figures(folder / f"eval_{family}_{c}"), f"{title} {name}", of_all)
+
+    def case(evaluation: str, name: str) -> Figures:
+        cases = figures(folder / evaluation)["cases"]
+        return next(found for key, found in cases.items() if key.startswith(name))
+
+    patients = {f"patient26 {title}": case(f"eval_{c}", "patient26") for c, title in CONTRASTS.items()}
+    patients |= {f"{name} FLAIR": case("eval_glioma", name) for name in ("pat0001", "pat0005")}
+    planted = {
+        f"{title} {name}": figures(folder / f"eval_{family}_{c}")
         for c, name in CONTRASTS.items()
         for family, title in (("ms", "MS"), ("strokes", "strokes"))
-    ]
-    for title, table in (("Real patients: AUPRC (Dice)", patients), ("Planted: AUPRC [interval] (Dice)", planted)):
-        rows = [[f"`{method}`", *(cell(found, method) for found, _, cell in table)] for method in METHODS]
-        print_table(title, ["", *(name for _, name, _ in table)], rows)
-
-    def by_size(found: Figures, size: str) -> str:
-        ours, bright = (found["methods"][m]["lesions"][size] for m in ("fusion", "intensity"))
-        return f"{ours['found']} of {ours['lesions']} ({bright['found']})"
-
-    def by_size_strict(found: Figures, size: str) -> str:
-        lesions = found["methods"]["fusion_strict"]["lesions"][size]
-        return f"{lesions['found']} of {lesions['lesions']}"
-
-    rows = [[size, *(by_size(found, size) for found, _, _ in planted)] for size in SIZES]
-    rows += [[f"{size}, `strict`", *(by_size_strict(found, size) for found, _, _ in planted)] for size in SIZES[1:3]]
-    print_table("Found by size: fusion (intensity)", ["", *(name for _, name, _ in planted)], rows)
+    }
+    rows = [[f"`{method}`", *(of_case(found, method) for found in patients.values())] for method in METHODS]
+    false = [f"{found['fusion']['false_findings']:.0f}" for found in patients.values()]
+    print_table("Real patients: AUPRC (Dice)", ["", *patients], [*rows, ["`fusion`: false findings", *false]])
+    rows = [[f"`{method}`", *(of_all(found, method) for found in planted.values())] for method in METHODS]
+    print_table("Planted: AUPRC [interval] (Dice)", ["", *planted], rows)
+    rows = [[size, *(of_size(found, size, "fusion", "intensity") for found in planted.values())] for size in SIZES]
+    for point in ("strict", "screening"):
+        for size in SIZES[1:3]:
+            cells = [of_size(found, size, f"fusion_{point}") for found in planted.values()]
+            rows.append([f"{size}, `{point}`", *cells])
+    print_table("Found by size: fusion (intensity)", ["", *planted], rows)
     rows = []
     for section, prefix in (("test", "eval_healthy_"), ("validation", "eval_ms_")):
         for c, name in CONTRASTS.items():
             found = figures(folder / f"{prefix}{c}")["methods"]
-            for method in ("fusion", "fusion_strict", "location", "atlas_z", "intensity"):
+            for method in ("fusion", "fusion_strict", "fusion_screening", "location", "atlas_z", "intensity"):
                 healthy = found[method]["healthy"]
                 counts = [f"{healthy['false_findings_per_scan']:.1f}", f"{healthy['scans_with_findings']:.1f}"]
                 rows.append([f"`{method}` {name}, {section}", *counts, f"{healthy['marked_share_of_brain']:.2%}"])

@@ -102,16 +102,19 @@ def test_the_tables_of_the_results_are_made_of_the_evaluations(tmp_path):
         for contrast in results_tables.CONTRASTS:
             mean = {"auprc_mean": 0.1 * number, "auprc_ci95": [0.01, 0.9], "dice_mean": 0.25}
             made = {**mean, "lesions": sizes, "healthy": healthy}
-            methods = dict.fromkeys([*results_tables.METHODS, "fusion_strict"], made)
-            cases = {f"patient26_{contrast}": {m: {"auprc": 0.4321, "dice": 0.5} for m in results_tables.METHODS}}
+            methods = dict.fromkeys([*results_tables.METHODS, "fusion_strict", "fusion_screening"], made)
+            case = {"auprc": 0.4321, "dice": 0.5, "false_findings": 2.0}
+            cases = {f"patient26_{contrast}": dict.fromkeys(results_tables.METHODS, case)}
             write_json(tmp_path / f"eval_{kind}{contrast}" / "metrics.json", {"methods": methods, "cases": cases})
     command = [sys.executable, ROOT / "scripts/results_tables.py", tmp_path]
     missing = run_here(command)
     assert missing.returncode == 2 and "eval_glioma" in missing.stderr.splitlines()[-1] and not missing.stdout
-    cases = {f"pat000{n}_flair": {m: {"auprc": 0.9, "dice": 0.1 * n} for m in results_tables.METHODS} for n in (1, 5)}
+    case = {n: {"auprc": 0.9, "dice": 0.1 * n, "false_findings": float(n)} for n in (1, 5)}
+    cases = {f"pat000{n}_flair": dict.fromkeys(results_tables.METHODS, case[n]) for n in case}
     write_json(tmp_path / "eval_glioma/metrics.json", {"cases": cases})
     lines = run_here(command).stdout.splitlines()
     assert "| `fusion` | 0.432 (0.50) | 0.432 (0.50) | 0.432 (0.50) | 0.900 (0.10) | 0.900 (0.50) |" in lines
+    assert "| `fusion`: false findings | 2 | 2 | 2 | 1 | 5 |" in lines
     planted = " | ".join(["0.100 [0.01, 0.90] (0.25) | 0.200 [0.01, 0.90] (0.25)"] * 3)
     assert f"| `atlas_z` | {planted} |" in lines
     assert "| 0.1 to 1 ml | " + " | ".join(["3 of 8 (3)"] * 6) + " |" in lines
