@@ -58,7 +58,8 @@ def read_dicom(folder: str, contrast: str | None = None, name: str | None = None
     scan.meta["filename_or_obj"] = name
     described, named = _describe_series(files)
     scan.meta["named_contrast"] = named or ""
-    scan.meta["contrast_agent"] = names_agent(described) or bool(_tag(files[0], "0018|0010"))
+    given = _tag(files[0], "0018|0010").lower()
+    scan.meta["contrast_agent"] = names_agent(described) or given not in ("", "no", "none")
     return scan
 
 

@@ -35,7 +35,7 @@ def analyze_pair(path: str | Path) -> tuple[Path, Path] | None:
 
 def files_of(path: str | Path) -> list[Path]:
     """All files that a scan is read from: of a folder those in it; of a header whose voxels lie in another file, those
-    of its name; else the file itself. None if there is nothing.
+    of its name; else the file itself. Empty if there is nothing.
     """
     path = Path(path)
     if path.is_dir():

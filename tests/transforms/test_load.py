@@ -148,6 +148,24 @@ def test_dicom_series_is_the_same_volume(tmp_path):
     assert abs(np.linalg.norm(expected[:3, 2]) - voxel[2]) < 0.05
 
 
+@pytest.mark.parametrize(
+    ("said", "agent"),
+    [
+        *(({}, False), ({"ContrastBolusAgent": "NONE"}, False), ({"ContrastBolusAgent": "Gadovist"}, True)),
+        *(({"SeriesDescription": "T1 MPRAGE +C"}, True), ({"SeriesDescription": "T1 MPRAGE"}, False)),
+    ],
+)
+def test_dicom_tells_of_a_contrast_agent(tmp_path, said, agent):
+    import pydicom
+
+    for path in write_dicom(tmp_path / "a", np.zeros((6, 5, 4), int), DICOM_AFFINE).iterdir():
+        file = pydicom.dcmread(path)
+        for tag, value in said.items():
+            setattr(file, tag, value)
+        file.save_as(path)
+    assert LoadScand("image")({"image": tmp_path / "a"})["image"].meta["contrast_agent"] is agent
+
+
 def test_dicom_that_is_not_one_volume_is_named(tmp_path):
     volume = np.random.randint(0, 4000, (12, 10, 7))
     straight = np.diag([-1.0, -1.0, 3.0, 1.0])
