@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,18 @@ class Findings(NamedTuple):
     coverage: np.ndarray
 
 
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Raise the `InputError` that MONAI has wrapped into others."""
+    try:
+        yield
+    except Exception as error:
+        known = find_input_error(error)
+        if known is None or known is error:
+            raise
+        raise known from error
+
+
 class LesionFinder:
     """The inference of ``configs/inference.json``, for arrays.
 
@@ -41,7 +55,7 @@ class LesionFinder:
         overrides: keys of the config and their values, such as ``device="cpu"`` or ``score="location"``.
 
     Raises:
-        InputError: a model or calibration that is missing or does not fit.
+        InputError: a model or calibration that is missing or does not fit; an override of what the config has not.
 
     Example::
 
@@ -54,11 +68,15 @@ class LesionFinder:
     def __init__(self, contrast: str = "auto", root: str | Path = _ROOT, **overrides: Any) -> None:
         config = ConfigParser()
         config.read_config(str(Path(root) / "configs/inference.json"))
+        for name in overrides:
+            if name.split("#")[0] not in config.get():
+                raise InputError(f"{name}: nothing of that name in configs/inference.json")
         config.update({"bundle_root": str(root), "contrast": contrast, **overrides})
         parts = ("device", "preprocessing", "network", "inferer", "postprocessing", "calibration")
-        parsed = [config.get_parsed_content(name) for name in parts]
-        self.device, self.preprocessing, self.network, self.inferer, self.postprocessing, calibration = parsed
-        calibration.each()
+        with _plainly():
+            parsed = [config.get_parsed_content(name) for name in parts]
+            self.device, self.preprocessing, self.network, self.inferer, self.postprocessing, calibration = parsed
+            calibration.each()
         self.network.eval()
 
     def __call__(self, image: np.ndarray | torch.Tensor, affine: np.ndarray) -> Findings:
@@ -71,7 +89,7 @@ class LesionFinder:
         Raises:
             InputError: a scan that cannot be used, such as one without a brain.
         """
-        try:
+        with _plainly():
             if isinstance(image, np.ndarray):
                 if image.dtype.kind not in "biuf":
                     raise InputError(f"an array of {image.dtype}: a scan has one grey value per voxel")
@@ -80,10 +98,5 @@ class LesionFinder:
             data = self.preprocessing({"image": scan})
             data["pred"] = self.inferer(data["image"][None].to(self.device), self.network)[0]
             data = self.postprocessing(data)
-        except Exception as error:
-            known = find_input_error(error)
-            if known is None or known is error:
-                raise
-            raise known from error
         heatmap, lesion, coverage = (data[key][0].numpy() for key in ("heatmap", "lesion", "coverage"))
         return Findings(heatmap.astype(np.float32), lesion.astype(np.uint8), data["result"], coverage.astype(np.uint8))

@@ -53,15 +53,20 @@ def explain(error: BaseException) -> str:
     """One line for ``error``: the user's message where there is one, else the root cause's type and text."""
     known = find_input_error(error)
     if known is not None:
-        return known.message
+        return printable(known.message)
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return printable(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def printable(text: str) -> str:
+    """``text`` with what cannot be encoded replaced, as bytes of a file's name that are no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def flag(data: Mapping[Hashable, Any], doubt: str) -> dict[Hashable, Any]:
     """``data`` with a doubt about the scan added to ``flags``: it goes on, and its row in the table tells."""
-    return {**data, "flags": "; ".join(filter(None, [data.get("flags", ""), doubt]))}
+    return {**data, "flags": "; ".join(filter(None, [data.get("flags", ""), printable(doubt)]))}
 
 
 def require_device(device: Any) -> None:
@@ -97,7 +102,7 @@ def _one_line_hook(kind: type[BaseException], error: BaseException, trace: Trace
     if known is None:
         traceback.print_exception(kind, error, trace)
     else:
-        print(f"error: {known.message}", file=sys.stderr)
+        print(f"error: {printable(known.message)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # the interpreter would otherwise exit with 1 after an excepthook

@@ -69,8 +69,17 @@ def distribute(network: nn.Module, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(network.to(device))
 
 
-def share_out(dataset: Dataset) -> range:
-    """Indices of each process' part of ``dataset``, every item once; none for some if there are more processes."""
+def share_out(dataset: Dataset, each: bool = False) -> range:
+    """Indices of each process' part of ``dataset``, every item once; none for some if there are more processes.
+
+    Raises:
+        InputError: there are more, but ``each`` needs an item, as where processes wait for each other's figures.
+    """
+    number, of = len(dataset), dist.get_world_size()
+    if each and number < of:
+        raise InputError(
+            f"{of} processes, but {number} scans in 'validation': start torchrun with --nproc_per_node={max(number, 1)}"
+        )
     return range(dist.get_rank(), len(dataset), dist.get_world_size())
 
 

@@ -43,6 +43,11 @@ def scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:
     return {k: [places[k], sum(f.st_size for f in s), max(f.st_mtime_ns for f in s)] for k, s in there.items() if s}
 
 
+def _place(scan: Mapping[str, Any]) -> str:
+    """Hash of where a scan lies: paths may tell names."""
+    return hashlib.sha256(os.fsencode(Path(str(scan.get("image", ""))).resolve())).hexdigest()[:16]
+
+
 def to_bytes(content: Any) -> bytes:
     """Dictionaries, lists, dataclasses, texts, numbers, arrays and tensors as an ``.npz`` without pickles; the same
     bytes for the same content.
@@ -127,11 +132,16 @@ class Records:
             return
         item = self._by_key[_key(scan)]
         with atomic_path(self._path(item)) as temporary:
-            temporary.write_bytes(to_bytes({"run": self._run(), "scan": self._scan(item), "content": content}))
+            known = {"run": self._run(), "scan": self._scan(item), "content": content, "place": _place(item)}
+            temporary.write_bytes(to_bytes(known))
 
     def remove(self, item: Mapping[str, Any]) -> None:
         """Forget a scan, before its results are replaced."""
         self._path(item).unlink(missing_ok=True)
+
+    def is_of_another(self, item: Mapping[str, Any]) -> bool:
+        """Whether the record that has the name of a scan is of a file in another place."""
+        return self.on_disk and _read(self._path(item)).get("place", _place(item)) != _place(item)
 
     def read(self, item: Mapping[str, Any]) -> Any:
         """What is known of a scan; None if nothing is, or of another file or run."""

@@ -39,7 +39,8 @@ FALSE_LESION_MM3 = 100.0
 
 class Scan(NamedTuple):
     """What is known of a scan: anomaly channels ``[2, H, W, D]``, image ``[1, H, W, D]``, lesion mask ``[H, W, D]``,
-    other methods' maps ``[1, H, W, D]`` by name, and whose it is.
+    other methods' maps ``[1, H, W, D]`` by name, whose it is, and what counts (``[H, W, D]``): its brain, and lesions
+    outside of it, but no label that is to be ignored.
     """
 
     channels: torch.Tensor
@@ -47,6 +48,7 @@ class Scan(NamedTuple):
     label: np.ndarray
     maps: dict[str, torch.Tensor]
     person: str
+    counts: np.ndarray
 
 
 class Bench:
@@ -74,9 +76,10 @@ class Bench:
             data = self.own_maps(self.preprocessing(item))
             image = data["image"].as_tensor()
             channels = self.inferer(image[None].to(self.device), self.network)[0].cpu()
-            label = data["label"].as_tensor()[0].numpy() > 0 if "label" in data else np.zeros(image.shape[1:], bool)
+            label = data["label"].as_tensor()[0].numpy() if "label" in data else np.zeros(image.shape[1:])
+            counts = ((image[0].numpy() > 0) | (label > 0)) & (label >= 0)
             maps = {name: data[name].as_tensor() for name in PARTS if name in data}
-            yield Scan(channels, image, label, maps, str(item.get("person", item["name"])))
+            yield Scan(channels, image, label > 0, maps, str(item.get("person", item["name"])), counts)
 
 
 def measure(
@@ -92,7 +95,7 @@ def measure(
     """
     rows: dict[str, dict[str, float]] = {}
     truths = [s.label for s in scans]
-    inside = [(s.image[0].numpy() > 0) | s.label for s in scans]
+    inside = [s.counts for s in scans]
     smallest = FALSE_LESION_MM3 / spacing**3
     scores = [name for name in calibrations[""].points if name not in ("intensity_opposite", "fusion")]
     for name, calibration, score in [

@@ -42,7 +42,8 @@ class Case(NamedTuple):
 
 def case_of(bench: Bench, scan: Scan, names: Sequence[str]) -> Case:
     """The scores ``names`` of a scan."""
-    calibration, inside = bench.parser.get_parsed_content("calibration").load(), scan.image > 0
+    calibration = bench.parser.get_parsed_content("calibration").load()
+    inside = (scan.image > 0) & torch.as_tensor(scan.counts)[None]
     maps = {name: calibration.score(name, scan.channels, scan.image, scan.maps)[inside] for name in names}
     lesion = torch.as_tensor(scan.label)[None]
     return Case(scan.person, maps, lesion[inside], int((lesion & ~inside).sum()))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bundle.errors import InputError, explain
 from bundle.parallel import Shard
 
-from .datalist import SECTIONS
+from .datalist import SECTIONS, VOLUME_KEYS
 from .discovery import find_scans
 from .files import claim_folder, read_json, write_json
 from .preparation import Preparation
@@ -106,8 +106,11 @@ def prepare_cohort(
     if splits_file:
         section = listed_sections(splits_file, dataset, recipe, people, fold)
     else:
-        section = {s["person"]: s["section"] for s in scans if "section" in s} or split_people(recipe, people, seed)
+        section = {s["person"]: s["section"] for s in scans if "section" in s}
+        section = section or split_people(recipe, people, seed, _dealt_before(folder / "datalist.json", scans))
     scans = [s for s in scans if s["person"] in section]
+    told = ", ".join(f"{sum(key in s for s in scans)} with a {key}" for key in VOLUME_KEYS[1:] if getattr(recipe, key))
+    print(f"{source_dir}: {len(scans)} scans" + (f", {told}" if told else ""), flush=True)
     claim_folder(folder, part)
     _require_own_list(folder, Path(source_dir))
     if record:
@@ -143,6 +146,20 @@ def prepare_cohort(
     if failures:
         raise InputError("; ".join([f"{len(failures)} of {len(ours)} scans failed", *failures]), exit_code=3)
     return file
+
+
+def _dealt_before(file: Path, scans: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Person -> section by the list of an earlier run; of somebody who is in two by now, as a recipe may tell people
+    otherwise than before, none.
+    """
+    content = read_json(file, "list of a dataset") if file.is_file() else {}
+    person_of = {scan["subject"]: scan["person"] for scan in scans}
+    sections: dict[str, set[str]] = {}
+    for section, items in content.items() if isinstance(content, dict) else ():
+        for item in items if isinstance(items, list) else ():
+            if isinstance(item, dict) and item.get("subject") in person_of:
+                sections.setdefault(person_of[item["subject"]], set()).add(section)
+    return {person: found.pop() for person, found in sections.items() if len(found) == 1}
 
 
 def _require_own_list(folder: Path, source_dir: Path) -> None:

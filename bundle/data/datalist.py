@@ -120,10 +120,24 @@ def load_datalist(
         there = {k: len(v) for k, v in content.items() if isinstance(v, list)}
         wanted = f"contrast '{contrast}' in '{section}'" if contrast else f"'{section}'"
         raise InputError(f"{file}: no item of {wanted}; it holds {there or 'no sections'}")
+    _tell_of_others(file, content, section, {str(Path(item["image"])) for item in items})
     for key in sorted(unknown):
         close = difflib.get_close_matches(key, _KNOWN_KEYS, 1, 0.75)
         warnings.warn(f"{file}: unknown key '{key}', not used" + (f"; did you mean '{close[0]}'?" if close else ""))
     return add_maps(named_uniquely(items), maps or {})
+
+
+def _tell_of_others(file: Path, content: Mapping[str, Any], section: str, images: set[str]) -> None:
+    """Warn of images that are in another section, too."""
+    for other in SECTIONS:
+        listed = content.get(other) if other != section else None
+        named = [i["image"] for i in listed or [] if isinstance(i, dict) and isinstance(i.get("image"), str)]
+        both = len(images & {str(file.parent / image) for image in named})
+        if both:
+            warnings.warn(
+                f"{file}: {both} of the images of '{section}' are in '{other}', too; what is trained or chosen on the "
+                "one says nothing of the other"
+            )
 
 
 def _is_prepared(item: Mapping[str, Any], file: Path) -> bool:

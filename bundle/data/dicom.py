@@ -43,6 +43,8 @@ def read_dicom(folder: str, contrast: str | None = None, name: str | None = None
     """
     name = name or folder
     files = _choose_series(folder, contrast, name)
+    if _tag(files[0], "0028|0008") not in ("", "0", "1"):
+        raise InputError(f"{name}: DICOM of many frames in a file; convert it to NIfTI, with dcm2niix for example")
     try:
         gaps = np.diff(_slice_positions(files))
         image = sitk.ReadImage(files)
@@ -167,11 +169,11 @@ def named_contrast(text: str) -> str | None:
     words = _words(text)
     if words & _NO_SCAN or names_agent(text):
         return None
-    if words & _T1_NAMES or any(word.startswith("t1") for word in words):
+    if words & _T1_NAMES or any(re.match(r"t1(?!\d)", word) for word in words):
         return "t1"
     if any(word.startswith(("flair", "tirm", "dark")) for word in words):
         return "flair"
-    return "t2" if any(word.startswith("t2") for word in words) else None
+    return "t2" if any(re.match(r"t2(?!\d)", word) for word in words) else None
 
 
 def names_agent(text: str) -> bool:

@@ -9,6 +9,7 @@ from bundle.errors import InputError
 
 from .bids import find_bids_scans
 from .datalist import SECTIONS, VOLUME_KEYS
+from .files import visible_files
 from .recipe import Recipe, pattern_list
 
 
@@ -40,8 +41,9 @@ def find_scans(recipe: Recipe, source_dir: str | Path) -> list[dict[str, str]]:
         InputError: nothing matches; an unknown section, or one person in two.
     """
     source = Path(source_dir)
-    paths = [f.relative_to(source).as_posix() + "/" * f.is_dir() for f in sorted(source.rglob("*"))]
-    paths = [p for p in paths if not any(part.startswith(".") for part in p.split("/"))]
+    files = [file.relative_to(source) for file in visible_files(source)]
+    folders = {folder for file in files for folder in file.parents[:-1]}
+    paths = sorted([*(f.as_posix() for f in files), *(f"{f.as_posix()}/" for f in folders)])
     scans: dict[tuple[str, str], dict[str, str]] = {}
     sections: dict[str, str] = {}
     for contrast, patterns in recipe.images.items():

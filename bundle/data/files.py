@@ -177,9 +177,9 @@ def release_claims() -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; in names of files, bytes that are no UTF-8 are replaced."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -194,7 +194,7 @@ def read_json(path: str | Path, what: str) -> Any:
         InputError: missing or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: {what} not found") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -236,3 +236,19 @@ def is_there(path: str | Path) -> bool:
         return Path(path).is_file()
     except (OSError, ValueError):
         return False
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Files in a folder and below, sorted, but hidden ones; links to folders are followed once, and links that lead
+    nowhere count as files.
+    """
+    found: list[Path] = []
+    visited: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(file for file in found if file.is_file() or file.is_symlink())

@@ -28,6 +28,8 @@ _META_NUMBERS = {
 _META_NUMBERS |= {"CenterOfRotation": 1, "TransformMatrix": 2, "Rotation": 2, "Orientation": 2}
 _META_NUMBERS |= {"HeaderSize": 0, "CompressedDataSize": 0, "ElementNumberOfChannels": 0, "ID": 0, "ParentID": 0}
 _LONGEST_HEADER = 1 << 16
+# spaces of NRRD that tell left from right; the first is ITK's own
+_ANATOMICAL = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las")
 
 
 def read_itk(file: str) -> MetaTensor:
@@ -67,6 +69,9 @@ def read_itk(file: str) -> MetaTensor:
     except Exception as error:
         raise InputError(f"{file}: cannot be read as {_called(file)}; is the file complete?") from error
     scan.meta["filename_or_obj"] = file
+    space = reader.GetMetaData("NRRD_space").lower() if reader.HasMetaDataKey("NRRD_space") else _ANATOMICAL[0]
+    if space.removesuffix("-time") not in _ANATOMICAL:
+        scan.meta["doubt"] = f"its space is '{space}', which knows no left and right; taken for left-posterior-superior"
     return scan
 
 

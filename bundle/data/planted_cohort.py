@@ -162,6 +162,8 @@ def plant_masks(
             anatomies.file_of(scan)  # before any lesion is planted
     strength = strength or LESION_LOOK[contrast].strength
     folders = [mask_dir] if isinstance(mask_dir, (str, Path)) else list(mask_dir)
+    if len({Path(folder).name for folder in folders}) < len(folders):
+        raise InputError(f"{folders[-1]}: mask folders of one name cannot be told apart; rename one")
     families = {Path(folder).name: read_masks(folder, volume_ml) for folder in folders}
     folder = Path(output_dir)
     claim_folder(folder)

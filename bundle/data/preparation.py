@@ -50,8 +50,19 @@ class Preparation:
         or is to be done again: of another file or with other settings, or its results are gone.
         """
         done = _read_record(self._file(scan))
-        files = [self.dataset_dir / done["item"][key] for key in VOLUME_KEYS if key in done.get("item", {})]
-        return done if done.get("made_from") == self._made_from(scan) and all(f.is_file() for f in files) else {}
+        if done.get("made_from") != self._made_from(scan) or "item" not in done:
+            return done if done.get("made_from") == self._made_from(scan) else {}
+        item, now = done["item"], self._sources(scan)
+        before = {key: self.dataset_dir / file for key, file in item.get("source", {}).items()}
+        # scans may move, but another file of the same size and time, beside the one of before, is another scan
+        if any(f.exists() and key in now and not f.samefile(self.dataset_dir / now[key]) for key, f in before.items()):
+            return {}
+        if not all((self.dataset_dir / item[key]).is_file() for key in VOLUME_KEYS if key in item):
+            return {}
+        return {**done, "item": {**item, "person": scan["person"], "source": now}}
+
+    def _sources(self, scan: Mapping[str, str]) -> dict[str, str]:
+        return {key: os.path.relpath(scan[key], self.dataset_dir) for key in ("image", "label") if key in scan}
 
     def fail(self, scan: Mapping[str, str], failure: str) -> None:
         """Keep for others that a scan was tried in vain."""
@@ -77,6 +88,8 @@ class Preparation:
         if "item" in done:
             return done["item"]
         data = self.preprocessing({key: scan[key] for key in (*VOLUME_KEYS, "contrast") if key in scan})
+        if data.get("has_lesions") and not (data["label"] > 0).any():
+            raise InputError(f"{scan['label']}: none of its lesions lies on the grid; it would count as healthy")
         atlas = load_atlas(self.atlas)
         overlap = atlas_overlap(data["brain_mask"], atlas)
         item: dict[str, Any] = {key: f"{key}s/{name}.nii.gz" for key in VOLUME_KEYS if key in data}
@@ -105,7 +118,7 @@ class Preparation:
         if any(doubts):
             item["flags"] = "; ".join(filter(None, doubts))
         item["content"] = hashlib.sha256(data["image"].as_tensor().numpy().tobytes()).hexdigest()
-        item["source"] = {k: os.path.relpath(scan[k], self.dataset_dir) for k in ("image", "label") if k in scan}
+        item["source"] = self._sources(scan)
         write_json(self._file(scan), {"item": item, "made_from": made_from})
         return item
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from bundle.errors import InputError
 from .bids import find_bids_scans, is_bids
 from .datalist import add_maps, load_datalist
 from .dicom import holds_dicom
-from .files import AUTO, is_there
+from .files import AUTO, is_there, visible_files
 from .formats import SCAN_FORMATS, analyze_pair, is_dicom, is_scan, stem
 from .names import named_uniquely
 
@@ -71,27 +70,11 @@ def list_scans(
     return items
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    """Files in a folder and below, sorted, but hidden ones; links to folders are followed once, and links that lead
-    nowhere count as files.
-    """
-    found: list[Path] = []
-    visited: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(place) in visited:
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place) / name for name in names if not name.startswith(".")]
-    return sorted(file for file in found if file.is_file() or file.is_symlink())
-
-
 def _list_folder(folder: Path) -> list[dict[str, Any]]:
     files: dict[str, Path] = {}
     series: dict[Path, None] = {}
     unread: list[Path] = []
-    for file in _visible_files(folder):
+    for file in visible_files(folder):
         if file.name.lower().endswith(".seg.dcm"):
             continue
         pair = analyze_pair(file)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +24,49 @@ _LIST = re.compile(
 _ENDING = re.compile(r"(?:[-_](?:t1|t2|t1w|t2w|flair))?(?:\.nii(?:\.gz)?)?$", re.IGNORECASE)
 
 
-def split_people(recipe: Recipe, people: Iterable[str], seed: int = 0) -> dict[str, str]:
+def split_people(
+    recipe: Recipe, people: Iterable[str], seed: int = 0, known: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Section of each person: they are shuffled by ``seed`` and dealt out by the recipe's numbers.
+
+    Who has a section already keeps it, or a model would be calibrated on people that it was trained on as soon as one
+    more joins them; only new people are dealt out. If the recipe's numbers cannot be had so, all are dealt out anew,
+    and it is told.
+
+    Args:
+        recipe: its ``splits`` are used.
+        people: to deal out.
+        seed: of the shuffling.
+        known: person -> section, of a list of before.
 
     Raises:
         InputError: fewer people than the recipe asks for.
     """
-    left = sorted(set(people))
-    np.random.RandomState(seed).shuffle(left)
+    everyone = sorted(set(people))
+    np.random.RandomState(seed).shuffle(everyone)
     fixed = {k: n for k, n in recipe.splits.items() if isinstance(n, int)}
-    if sum(fixed.values()) > len(left):
+    before = {person: (known or {})[person] for person in everyone if person in (known or {})}
+    kept = {person: section for person, section in before.items() if section in recipe.splits}
+    wanted = {name: number - list(kept.values()).count(name) for name, number in fixed.items()}
+    if min(wanted.values(), default=0) < 0 or sum(wanted.values()) > len(everyone) - len(kept):
+        kept, wanted = {}, fixed
+    left = [person for person in everyone if person not in kept]
+    if sum(wanted.values()) > len(left):
         raise InputError(
             f"splits {recipe.splits} need more than the {len(left)} subjects found; choose yours with --splits"
         )
     rest = next((k for k, n in recipe.splits.items() if not isinstance(n, int)), None)
-    section: dict[str, str] = {}
-    for name, number in fixed.items():
+    section = dict(kept)
+    for name, number in wanted.items():
         section.update(dict.fromkeys(left[:number], name))
         left = left[number:]
     if rest:
         section.update(dict.fromkeys(left, rest))
+    moved = sum(section.get(person) != name for person, name in before.items())
+    if moved:
+        print(
+            f"{moved} of {len(before)} people are in another section than before: train and calibrate again", flush=True
+        )
     return section
 
 

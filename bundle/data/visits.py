@@ -35,6 +35,12 @@ def list_visits(scans: Sequence[Mapping[str, Any]], combine: bool = True) -> lis
         key = _visit_of(scan)
         if key is not None:
             groups.setdefault(key, []).append(scan)
+    for key in [key for key, group in groups.items() if key[0] == "files" and _repeats(group)]:
+        finer: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+        for scan in groups[key]:  # of "anna_T1_FLAIR" and "anna_T2_FLAIR" T1 and T2 are points of time, not contrasts
+            finer.setdefault(("files", _left_of(scan, last_only=True)), []).append(scan)
+        if not any(map(_repeats, finer.values())):
+            groups |= {key: [], **finer}
     several = {key: group for key, group in groups.items() if len({_told(s) or s["name"] for s in group}) > 1}
     shared = Counter(key[1] for key in several if key[0] != "bids")
     # several studies of one folder are told apart by a hash: a UID may tell whose it is
@@ -61,12 +67,33 @@ def _visit_of(scan: Mapping[str, Any]) -> tuple[str, ...] | None:
         return "study", str(file.parent), study
     if _told(scan) is None:
         return None
-    words = [w for w in re.split(r"[^\w]+|_", stem(file)) if w]
-    left = "_".join(w for w in words if named_contrast(w) is None and w.lower() not in _MANNER)
-    return "files", str(file.parent / left) if left else str(file.parent.resolve())
+    return "files", _left_of(scan)
+
+
+def _left_of(scan: Mapping[str, Any], last_only: bool = False) -> str:
+    """What is left of a file's path without the words that tell its contrast, or the last of them, and its manner; of a
+    file with no other words its folder.
+    """
+    file, words = Path(scan["image"]), _words(scan)
+    told = [k for k, word in enumerate(words) if named_contrast(word)]
+    told = told[-1:] if last_only else told
+    left = "_".join(w for k, w in enumerate(words) if k not in told and w.lower() not in _MANNER)
+    return str(file.parent / left) if left else str(file.parent.resolve())
+
+
+def _repeats(scans: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether several of the scans are of one contrast."""
+    return len({*map(_told, scans)}) < len(scans)
 
 
 def _told(scan: Mapping[str, Any]) -> str | None:
-    """Contrast that a scan's list or name tells; None for none."""
-    contrast = scan.get("contrast") or named_contrast(stem(scan["image"]))
+    """Contrast that a scan's list tells, or the last word of its name that tells any; None for none."""
+    if named_contrast(stem(scan["image"])) is None and not scan.get("contrast"):
+        return None
+    told = [c for word in _words(scan) if (c := named_contrast(word))]
+    contrast = scan.get("contrast") or next(reversed(told), None)
     return contrast if contrast in CONTRASTS else None
+
+
+def _words(scan: Mapping[str, Any]) -> list[str]:
+    return [word for word in re.split(r"[^\w]+|_", stem(scan["image"])) if word]

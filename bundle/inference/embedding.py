@@ -279,7 +279,7 @@ def _fit(
     listed = [str(item.get("image")) for item in getattr(dataset, "data", [])]
     made_of = [model_hash(model_file, contrast), MATCHING, dict(grid), listed, *telling]
     made_from = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-    if listed and path.is_file() and read_json(path, "embedding").get("made_from") == made_from:
+    if listed and _is_whole(path, model_file, made_from):
         print(f"{path}: of the same model, range and scans already", flush=True)
         return
     load_weights(network, model_file)
@@ -295,6 +295,15 @@ def _fit(
     affine, facts = np.asarray(scan.affine), {"subjects": i + 1, "made_from": made_from}
     embedding = replace(moments.fit(center, projection), telling=telling)
     write_embedding(embedding, path, model_file, contrast, grid, affine, facts)
+
+
+def _is_whole(path: Path, model_file: str | Path, made_from: str) -> bool:
+    """Whether an embedding that was made from that lies there, with all its files."""
+    try:
+        load_embedding(path, model_file)
+        return read_json(path, "embedding").get("made_from") == made_from
+    except InputError:
+        return False
 
 
 def write_embedding(
@@ -349,7 +358,10 @@ def load_embedding(path: str | Path, model_file: str | Path) -> Embedding:
     content = read_json(path, "embedding (make it with: run calibration)")
     try:
         if content.get("chain") != CHAIN or content["model_sha256"] != model_hash(model_file, content["contrast"]):
-            raise InputError(f"{path}: made with another model than {model_file}; run the calibration again")
+            raise InputError(
+                f"{path}: made with another model than {model_file}; run the calibration with --with_embedding True, "
+                "or remove it"
+            )
         means = read_maps(_beside(path, "mean"), content["mean"])
         matrices = read_maps(_beside(path, "whitening"), content["whitening"])
         mean = torch.cat(list(means.values()))
@@ -361,7 +373,9 @@ def load_embedding(path: str | Path, model_file: str | Path) -> Embedding:
         lowest, highest = map(float, content.get("telling", ALL))
         return Embedding(center, projection, mean, whitening, int(content["edge"]), (lowest, highest))
     except DAMAGE as error:
-        raise InputError(f"{path}: damaged embedding ({error!r}); run the calibration again") from error
+        raise InputError(
+            f"{path}: damaged embedding ({error!r}); run the calibration with --with_embedding True, or remove it"
+        ) from error
 
 
 class EmbeddingMapd(MapTransform):

@@ -188,7 +188,10 @@ def _load(output_dir: Path, scan: Mapping[str, Any], kinds: Sequence[str]) -> di
     if "image" in kinds:
         files |= {key: scan[key] for key in ("image", "label") if key in scan}
     # of several series in a folder the one that was looked at: what was told from it did not choose it
-    return LoadScand(list(files), contrast=scan.get("contrast"))(files)
+    loaded = LoadScand(list(files), contrast=scan.get("contrast"))(files)
+    if "image" in loaded:  # the scan's own answer has filled such voxels
+        loaded["image"] = loaded["image"].nan_to_num(0.0, 0.0, 0.0)
+    return loaded
 
 
 def _brought(own: Mapping[Any, Any], lead: Mapping[Any, Any], min_lesion_mm3: float) -> tuple[dict[Any, Any], str]:

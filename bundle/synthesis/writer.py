@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,20 +77,23 @@ def write_scans(
             continue
         items = load_datalist(dataset_dir, section, data_contrast, require=["brain_mask", "anatomy_label"])
         datalist[section] = []
+        times = Counter(item.get("subject") for item in items)
         for place, item in enumerate(tqdm(items, desc=f"making {section}", unit="anatomy", file=sys.stdout)):
+            # a subject of several scans, or none, is told apart by the scan's name
+            subject = item["subject"] if item.get("subject") and times[item["subject"]] == 1 else item["name"]
             shares = anatomy(item)
             for repeat in range(repeats):
                 appearance.set_random_state(seed=(seed * 10 + number) * 1_000_000 + place * 1000 + repeat)
                 scan = appearance(dict(shares))
                 if raw:
-                    file = folder / section / f"{item['subject']}_r{repeat}_{contrast}.nii.gz"
+                    file = folder / section / f"{subject}_r{repeat}_{contrast}.nii.gz"
                     _write_raw(file, scan["image"], item.get("to_atlas", np.eye(4)))
                     datalist[section].append({})
                     continue
-                name = f"{item['subject']}_{contrast}_{repeat}"
+                name = f"{subject}_{contrast}_{repeat}"
                 volumes = {key: scan[key] for key in ("image", "brain_mask")}
                 made = write_item(folder, name, contrast, volumes, scan["image"].affine.cpu())
-                datalist[section].append({**made, "person": item.get("person", item["subject"])})
+                datalist[section].append({**made, "person": item.get("person") or item.get("subject", subject)})
     if not datalist:
         raise InputError(f"{dataset_dir}: none of {', '.join(sections)} in its datalist.json")
     written = folder if raw else folder / "datalist.json"

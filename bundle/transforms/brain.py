@@ -26,6 +26,10 @@ _STRIPPED_BACKGROUND = 0.3
 _LARGEST_BRAIN_ML = 2200.0
 _SMALLEST_BRAIN_ML = 200.0
 _MOST_LOST = 0.001  # of the brain, that may be filled
+# what of a face of the volume a head's neck covers at least, and a brain at most that is whole (heads as scanned: 107,
+# and 35 where a scan just ends at the brain); how much of what is not 0 is brain in a stripped scan that is cut off
+_CUT_CM2, _STRIPPED_SHARE = 40.0, 0.8
+_AIR_SHARE = 0.5  # of the brain's brightness, that air never has
 
 
 def close_mask(mask: torch.Tensor, voxel_mm: np.ndarray, close_mm: float) -> torch.Tensor:
@@ -128,10 +132,17 @@ class BrainMaskd(MapTransform):
             problem = f"{file}: empty on the grid of {name}"
             _check_given(mask, image, file, 2 * _LARGEST_BRAIN_ML if d.get("prepared") else _LARGEST_BRAIN_ML)
         elif is_stripped(image):
-            largest: Any = KeepLargestConnectedComponent()((image.as_tensor() != 0).float())
-            mask, problem = torch.as_tensor(FillHoles()(largest)).float(), f"{name}: holds nothing"
+            mask, problem = _outline(image), f"{name}: holds nothing"
+            if (
+                self.method != "none" and largest_face_cm2(mask, image) > _CUT_CM2
+            ):  # a small head on blanked air, or a stripped brain that is cut
+                found = self._computed(image, name)
+                mask = mask if found.sum() > _STRIPPED_SHARE * mask.sum() else found
         else:
             mask, problem = self._computed(image, name), ""
+            air, brain = (float(v.median()) for v in (_corners(image), image.as_tensor()[mask > 0]))
+            if air > _AIR_SHARE * brain:
+                d = flag(d, f"its air is {air / brain:.0%} as bright as its brain; was something added to its values?")
         if not mask.any():
             raise InputError(f"{problem}; give its brain mask with --brain_mask FILE")
         lost = (mask > 0) & ~finite
@@ -141,6 +152,9 @@ class BrainMaskd(MapTransform):
             filled = torch.where(lost, _nearest_of(image.as_tensor(), finite), image.as_tensor())
             image = MetaTensor(filled).copy_meta_from(image)
             d = flag(d, f"{int(lost.sum())} brain voxels were not finite; filled from their neighbours")
+        face = 0.0 if d.get("prepared") else largest_face_cm2(mask, image)
+        if face > _CUT_CM2:
+            d = flag(d, f"the scan ends within the brain ({face:.0f} cm2 of it lie on one side); places may be off")
         d[self.keys[0]] = image
         # the mask moves with the scan from here on: same affine, same history
         d[self.mask_key] = MetaTensor(mask).copy_meta_from(image)
@@ -193,6 +207,29 @@ def _nearest_of(image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Each voxel of ``[1, X, Y, Z]`` replaced by the nearest ``known`` one."""
     index = ndimage.distance_transform_edt(~known[0].numpy(), return_distances=False, return_indices=True)
     return torch.as_tensor(image[0].numpy()[tuple(index)])[None]
+
+
+def _outline(image: MetaTensor) -> torch.Tensor:
+    """What is not 0, in one piece and without holes."""
+    largest: Any = KeepLargestConnectedComponent()((image.as_tensor() != 0).float())
+    return torch.as_tensor(FillHoles()(largest)).float()
+
+
+def _corners(image: MetaTensor) -> torch.Tensor:
+    """Voxels at the eight corners of a scan, a tenth of each edge: air."""
+    ends = [np.r_[: max(1, n // 10), n - max(1, n // 10) : n] for n in image.shape[1:]]
+    return image.as_tensor()[0][np.ix_(*ends)].flatten()
+
+
+def largest_face_cm2(mask: torch.Tensor, image: MetaTensor) -> float:
+    """Area of a mask ``[1, X, Y, Z]`` on that side of the volume where it has the most, cm^2."""
+    edges = np.asarray(image.affine, float)[:3, :3].T
+    areas = []
+    for axis in range(3):
+        sides = (mask[0].select(axis, 0), mask[0].select(axis, mask.shape[axis + 1] - 1))
+        one = np.linalg.norm(np.cross(*np.delete(edges, axis, 0))) / 100
+        areas += [float((side > 0).sum()) * one for side in sides]
+    return float(max(areas))
 
 
 def is_stripped(image: MetaTensor) -> bool:

@@ -11,15 +11,17 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
-from bundle.errors import InputError
+from bundle.errors import InputError, flag
 
 from .brain import mask_volume_ml
 
-_LARGEST_LESION_ML = 1000.0
+_LARGEST_LESION_ML, _LARGEST_SHIFT_MM = 1000.0, 2.0
 
 
 class CheckLabelsd(MapTransform):
-    """Refuse masks of lesions that cannot be any: they would be measured all the same.
+    """Refuse masks of lesions that cannot be any: they would be measured all the same. Flag what lies elsewhere than
+    its scan: a mask of the scan's shape whose header puts it more than 2 mm away, and lesions of which most lie outside
+    the scan's field of view. Adds ``has_lesions`` (bool), for those that are lost on the way to a grid.
 
     Args:
         keys: label maps, 0 where there is no lesion.
@@ -44,17 +46,35 @@ class CheckLabelsd(MapTransform):
             volume_ml = mask_volume_ml(marked, d[key])
             if marked.all() or volume_ml > _LARGEST_LESION_ML:
                 raise InputError(f"{file}: marks {volume_ml:.0f} ml; a mask of lesions is 0 outside them")
-            if marked.any() and not _meet(marked, d[key].affine, d[self.image_key]):
+            d["has_lesions"] = bool(marked.any())
+            share = _share_within(marked, d[key].affine, d[self.image_key]) if marked.any() else 1.0
+            if share == 0:
                 raise InputError(f"{file}: its lesions lie outside the scan; is it of the same person and space?")
+            apart = _apart_mm(d[key], d[self.image_key]) if d[key].shape == d[self.image_key].shape else 0.0
+            if apart > _LARGEST_SHIFT_MM:
+                d = flag(
+                    d, f"{file}: has the voxels of its scan, but lies up to {apart:.0f} mm elsewhere by its header"
+                )
+            elif share < 0.5:
+                d = flag(d, f"{file}: {1 - share:.0%} of its lesions lie outside the scan")
         return d
 
 
-def _meet(marked: torch.Tensor, affine: Any, image: MetaTensor) -> bool:
-    """Whether a voxel of a mask ``[X, Y, Z]`` with ``affine`` lies in the field of view of ``image``."""
+def _share_within(marked: torch.Tensor, affine: Any, image: MetaTensor) -> float:
+    """Share of the voxels of a mask ``[X, Y, Z]`` with ``affine`` that lie in the field of view of ``image``."""
     where = np.argwhere(marked.numpy())
     to_image = np.linalg.inv(np.asarray(image.affine, float)) @ np.asarray(affine, float)
     index = where @ to_image[:3, :3].T + to_image[:3, 3]
-    return bool(((index > -1) & (index < np.array(image.shape[1:]))).all(1).any())
+    return float(((index > -1) & (index < np.array(image.shape[1:]))).all(1).mean())
+
+
+def _apart_mm(label: MetaTensor, image: MetaTensor) -> float:
+    """How far the boxes of two volumes of one shape lie apart: the farthest of a corner's nearest ones. Axes that are
+    stored the other way round, as their header says, share the corners.
+    """
+    ends = np.array([[*corner, 1.0] for corner in np.ndindex(2, 2, 2)]) * [*np.subtract(image.shape[1:], 1), 1]
+    boxes = [(ends @ np.asarray(volume.affine, float).T)[:, None, :3] for volume in (label, image)]
+    return float(np.linalg.norm(boxes[0] - boxes[1].swapaxes(0, 1), axis=-1).min(1).max())
 
 
 class IgnoreLabelsd(MapTransform):

@@ -63,6 +63,8 @@ class LoadScand(MapTransform):
                     d[key] = read(file, None if of == AUTO else of)
                 elif file.lower().endswith(ITK_ENDINGS):
                     d[key] = _check(read_itk(file), file)
+                    if doubt := d[key].meta.pop("doubt", ""):
+                        d = flag(d, f"{Path(file).name}: {doubt}")
                 else:
                     doubt = check_header(file)
                     d[key] = _read(file)

@@ -248,7 +248,7 @@ def fit_normative(
         digest.update(values.numpy().tobytes())
         facts = {"contrast": contrast, "chain": CHAIN, "subjects": len(values), "grid": dict(grid), **telling}
         facts |= {"mean_mm": mean_mm, "spread_mm": spread_mm, "made_from": digest.hexdigest()}
-        if not Path(path).is_file() or read_json(path, "normative map").get("made_from") != facts["made_from"]:
+        if not _is_whole(path, facts["made_from"]):
             sigmas = mean_mm / spacing / factor, spread_mm / spacing / factor
             maps = dict(zip(("mean", "spread"), population_maps(values, *sigmas)))
             maps["share"] = (~values.isnan()).float().mean(0, keepdim=True)
@@ -261,6 +261,14 @@ def fit_normative(
         print(f"{path}: how bright {len(values)} healthy {contrast} scans are at every place", flush=True)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _is_whole(path: str | Path, made_from: Any) -> bool:
+    """Whether a map that was made from that lies there, with all its files."""
+    try:
+        return Path(path).is_file() and load_normative(path).facts["made_from"] == made_from
+    except (InputError, KeyError):
+        return False
 
 
 @lru_cache(maxsize=4)

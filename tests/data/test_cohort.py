@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from bundle.data import Recipe, find_scans, load_recipe, prepare_cohort, split_people
 from bundle.data.cohort import _require_own_list
+from bundle.data.files import write_json
 from bundle.data.phantom import load_anatomy
 from bundle.data.preparation import Preparation
 from bundle.errors import InputError
@@ -228,6 +231,35 @@ def test_nothing_to_prepare_is_said(tmp_path):
         prepare_cohort(Recipe({"t1": "{subject}.nii"}), tmp_path / "in", tmp_path / "out", lambda x: x)
     with pytest.raises(InputError, match="lies in the source folder"):
         prepare_cohort(Recipe({"t1": "{subject}.nii"}), tmp_path, tmp_path / "out", lambda x: x)
+
+
+def test_a_record_follows_its_scan(tmp_path):
+    scan = {
+        "subject": "a",
+        "person": "a",
+        "contrast": "t1",
+        "image": str(write_nifti(tmp_path / "raw/a.nii", np.ones((5, 5, 5)))),
+    }
+    prepare = Preparation(tmp_path / "out", dict)
+    write_nifti(tmp_path / "out/images/a_t1.nii.gz", np.ones((5, 5, 5)))
+    item = {"image": "images/a_t1.nii.gz", "subject": "a", "person": "a", "source": {"image": "../raw/a.nii"}}
+    write_json(tmp_path / "out/records/a_t1.json", {"item": item, "made_from": prepare._made_from(scan)})
+    assert prepare.record({**scan, "person": "anna"})["item"] == {**item, "person": "anna"}
+    (tmp_path / "denoised").mkdir()
+    other = Path(shutil.copy2(scan["image"], tmp_path / "denoised/a.nii"))  # of the same size and time
+    assert prepare.record({**scan, "image": str(other)}) == {}
+    Path(scan["image"]).unlink()  # now it has moved
+    assert prepare.record({**scan, "image": str(other)})["item"]["source"] == {"image": "../denoised/a.nii"}
+
+
+def test_linked_folders_are_looked_into_and_counts_are_told(tmp_path, capsys):
+    touch(tmp_path, "there/s2/t1.nii", "in/s1/t1.nii", "in/s1/mask.nii")
+    (tmp_path / "in/s2").symlink_to(tmp_path / "there/s2")
+    recipe = Recipe({"t1": "{subject}/t1.nii"}, brain_mask="{subject}/mask.nii", splits={"test": "rest"})
+    assert [scan["subject"] for scan in find_scans(recipe, tmp_path / "in")] == ["s1", "s2"]
+    with pytest.raises(InputError, match="2 of 2 scans failed"):
+        prepare_cohort(recipe, tmp_path / "in", tmp_path / "out", dict, num_workers=0)
+    assert "in: 2 scans, 1 with a brain_mask" in capsys.readouterr().out
 
 
 def test_the_recipes_contrast_chooses_among_series(tmp_path):

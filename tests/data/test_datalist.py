@@ -1,5 +1,6 @@
 import json
 import os
+import warnings
 
 import pytest
 
@@ -191,3 +192,17 @@ def test_an_evaluation_has_test_tuning_and_healthy_scans(tmp_path):
     with pytest.raises(InputError, match="item 0 of 'tuning' has no 'label'"):
         evaluation_items(tmp_path, "test", "t1")
     assert evaluation_items("", "test", "t1") == []
+
+
+def test_an_image_in_two_sections_is_told(tmp_path):
+    for name in ("a.nii", "b.nii"):
+        (tmp_path / name).touch()
+    items = {
+        name: [{"image": f"{file}.nii", "prepared": True}] for name, file in (("training", "a"), ("calibration", "a"))
+    }
+    (tmp_path / "datalist.json").write_text(json.dumps({**items, "test": [{"image": "b.nii", "prepared": True}]}))
+    with pytest.warns(UserWarning, match="1 of the images of 'calibration' are in 'training', too"):
+        load_datalist(tmp_path, "calibration")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_datalist(tmp_path, "test")

@@ -206,6 +206,8 @@ def test_families_and_sections_are_told_apart(bench):
     assert len(scans) == 8
     assert {scan["section"]: scan["subject"][:2] for scan, _, _ in scans} == {"test": "s0", "tuning": "s1"}
     assert {scan["subject"].split("__")[1].split("-")[0] for scan, _, _ in scans} == {"small", "other"}
+    with pytest.raises(InputError, match="mask folders of one name"):
+        plant_masks(bench / "healthy", [bench / "small", bench / "elsewhere/small"], bench / "out", "t1")
     with pytest.raises(InputError, match="one person in test"):
         plant_masks(bench / "healthy", bench / "small", bench / "out", "t1", ["test"])
 

@@ -1,6 +1,6 @@
 import pytest
 
-from bundle.data import load_recipe
+from bundle.data import Recipe, load_recipe, split_people
 from bundle.data.splits import listed_sections, person_of, read_splits
 from bundle.errors import InputError
 from tests.conftest import ROOT
@@ -86,3 +86,18 @@ def test_missing_people_are_named_and_others_counted(tmp_path, capsys):
     everyone = [f"patient{k:02}" for k in range(1, 8)]
     assert set(listed_sections(tmp_path, "mslub", recipe, everyone)) == set(everyone[:5])
     assert "2 subjects are in none of its lists" in capsys.readouterr().out
+
+
+def test_who_has_a_section_keeps_it(capsys):
+    recipe = Recipe({"t1": "{subject}.nii"}, splits={"validation": 2, "calibration": 3, "training": "rest"})
+    people = [f"p{k}" for k in range(12)]
+    before = split_people(recipe, people)
+    after = split_people(recipe, [*people, "q1", "q2"], known=before)
+    assert {person: after[person] for person in people} == before and after["q1"] == after["q2"] == "training"
+    gone = next(person for person in people if before[person] == "validation")
+    after = split_people(recipe, [*(p for p in people if p != gone), "q1"], known=before)
+    assert after == {**{p: s for p, s in before.items() if p != gone}, "q1": "validation"}
+    assert not capsys.readouterr().out
+    other = Recipe({"t1": "{subject}.nii"}, splits={"validation": 1, "training": "rest"})
+    assert split_people(other, people, known=before) == split_people(other, people)
+    assert "people are in another section than before" in capsys.readouterr().out

@@ -38,6 +38,16 @@ def test_a_folders_visits_carry_one_name_and_several_contrasts(tmp_path, files, 
     assert list_visits(list_scans(folder, contrast="auto"), combine=False) == []
 
 
+def test_points_of_time_and_numbers_are_no_contrasts(tmp_path):
+    names = [f"anna_T{time}_{contrast}.nii" for time in (1, 2) for contrast in ("FLAIR", "T1w")]
+    found = visits(tmp_path / "times", *names)
+    assert found == {f"anna_T{t}_combined": [f"anna_T{t}_FLAIR", f"anna_T{t}_T1w"] for t in (1, 2)}
+    assert visits(tmp_path / "people", "T1001.nii", "T2003.nii") == {}
+    assert len(visits(tmp_path / "planes", "ax_t2_flair.nii", "sag_t2_flair.nii", "t1.nii")) == 1
+    found = visits(tmp_path / "usual", "bob_t1.nii", "bob_t2.nii", "bob_t2_flair.nii")
+    assert found == {"bob_combined": ["bob_t1", "bob_t2", "bob_t2_flair"]}
+
+
 def test_a_file_called_lesion_is_the_label_of_its_folder(tmp_path):
     visits(tmp_path, "a/t1.nii", "a/flair.nii", "a/lesion.nii", "b/lesion.nii", "c/t1.nii")
     labels = {Path(s["image"]).relative_to(tmp_path).as_posix(): s.get("label") for s in list_scans(tmp_path)}

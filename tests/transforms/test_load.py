@@ -132,6 +132,20 @@ def test_labels_that_are_none_are_refused(data, message):
         CheckLabelsd("label")(data)
 
 
+def test_labels_that_lie_elsewhere_than_their_scan_are_told():
+    shifted = CheckLabelsd("label")(labels(shift=70.0))
+    assert "lies up to 70 mm elsewhere" in shifted["flags"] and shifted["has_lesions"]
+    stored = labels()
+    stored["label"].affine = np.diag([-2.0, 2, 2, 1]) + np.array(
+        [[0, 0, 0, 118.0], *np.zeros((3, 4))]
+    )  # other way round
+    assert "flags" not in CheckLabelsd("label")(stored) and "flags" not in CheckLabelsd("label")(labels())
+    assert CheckLabelsd("label")(labels(lambda mask: mask.fill(0)))["has_lesions"] is False
+    beyond = labels(lambda mask: mask.__setitem__((slice(0, 8), slice(20, 22), slice(20, 22)), 1))
+    beyond["image"] = meta(np.ones((40, 60, 60)), np.diag([2.0, 2, 2, 1]) + 30 * np.eye(4, k=3))
+    assert "of its lesions lie outside the scan" in CheckLabelsd("label")(beyond)["flags"]
+
+
 DICOM_AFFINE = np.array([[-0.9, 0, 0.6, 40], [0, -1, 0, 50], [0.12, 0, 4.5, -60], [0, 0, 0, 1]])
 
 
@@ -172,6 +186,14 @@ def test_dicom_that_is_not_one_volume_is_named(tmp_path):
     missing = write_dicom(tmp_path / "missing", volume, straight, skip=(3,))
     with pytest.raises(InputError, match=r"missing: slices lie 3\.00 to 6\.00 mm apart"):
         LoadScand("image")({"image": missing})
+    import pydicom
+
+    many = next(write_dicom(tmp_path / "many", volume, straight, skip=(1, 2, 3, 4, 5, 6)).iterdir())
+    file = pydicom.dcmread(many)
+    file.NumberOfFrames = 7
+    file.save_as(many)
+    with pytest.raises(InputError, match=r"many: DICOM of many frames in a file; convert it"):
+        LoadScand("image")({"image": tmp_path / "many"})
     two = write_dicom(tmp_path / "two", volume, straight)
     for file in write_dicom(tmp_path / "other", volume, straight).iterdir():
         file.rename(two / f"b{file.name}")
@@ -308,3 +330,12 @@ def test_of_several_series_that_of_the_contrast_is_taken(tmp_path):
     told = r"named: holds 5 DICOM series, 0 of them pd: .*'T1 MPRAGE sag' \(7 files, t1\).*; give a folder with one"
     with pytest.raises(InputError, match=told):
         LoadScand("image", contrast="pd")({"image": tmp_path / "named"})
+
+
+@pytest.mark.parametrize(("space", "told"), [("left-anterior-superior", False), ("RAS", False), ("scanner-xyz", True)])
+def test_a_space_that_knows_no_left_and_right_is_told(tmp_path, space, told):
+    header = f"NRRD0004\ntype: uchar\ndimension: 3\nspace: {space}\nsizes: 5 6 7\n"
+    header += "space directions: (2,0,0) (0,2,0) (0,0,2)\nkinds: domain domain domain\nencoding: raw\n"
+    header += "space origin: (0,0,0)\n\n"
+    (tmp_path / "a.nrrd").write_bytes(header.encode() + bytes(210))
+    assert ("knows no left and right" in LoadScand("image")({"image": tmp_path / "a.nrrd"}).get("flags", "")) == told
