@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from bundle.errors import InputError
-
 from .files import file_hash
 from .volumes import write_volume
 
@@ -111,11 +109,11 @@ def read_maps(path: str | Path, index: Mapping[str, Any]) -> dict[str, torch.Ten
     """The maps that `write_maps` wrote; errors are those of nibabel, NumPy and of a damaged ``index``.
 
     Raises:
-        InputError: another file than was written with the index: its codes would stand for other values. (Versions
+        ValueError: another file than was written with the index: its codes would stand for other values. (Versions
             before 0.21.0 wrote no hash to tell by.)
     """
     if index.get("sha256") not in (None, file_hash(path)):
-        raise InputError(f"{path}: is not the file that belongs to the .json beside it; copy both together")
+        raise ValueError(f"{Path(path).name} is not the file that was written with it")
     file: Any = nib.load(path)
     stored = np.asanyarray(file.dataobj).astype(np.float32)
     return {

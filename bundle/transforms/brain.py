@@ -133,16 +133,16 @@ class BrainMaskd(MapTransform):
             _check_given(mask, image, file, 2 * _LARGEST_BRAIN_ML if d.get("prepared") else _LARGEST_BRAIN_ML)
         elif is_stripped(image):
             mask, problem = _outline(image), f"{name}: holds nothing"
-            if (
-                self.method != "none" and largest_face_cm2(mask, image) > _CUT_CM2
-            ):  # a small head on blanked air, or a stripped brain that is cut
-                found = self._computed(image, name)
-                mask = mask if found.sum() > _STRIPPED_SHARE * mask.sum() else found
+            if largest_face_cm2(mask, image) > _CUT_CM2:
+                mask = self._doubted(mask, image, name)
         else:
             mask, problem = self._computed(image, name), ""
             air, brain = (float(v.median()) for v in (_corners(image), image.as_tensor()[mask > 0]))
             if air > _AIR_SHARE * brain:
                 d = flag(d, f"its air is {air / brain:.0%} as bright as its brain; was something added to its values?")
+            face = largest_face_cm2(mask, image)
+            if face > _CUT_CM2:
+                d = flag(d, f"the scan ends within the brain ({face:.0f} cm2 of it lie on one side); places may be off")
         if not mask.any():
             raise InputError(f"{problem}; give its brain mask with --brain_mask FILE")
         lost = (mask > 0) & ~finite
@@ -152,9 +152,6 @@ class BrainMaskd(MapTransform):
             filled = torch.where(lost, _nearest_of(image.as_tensor(), finite), image.as_tensor())
             image = MetaTensor(filled).copy_meta_from(image)
             d = flag(d, f"{int(lost.sum())} brain voxels were not finite; filled from their neighbours")
-        face = 0.0 if d.get("prepared") else largest_face_cm2(mask, image)
-        if face > _CUT_CM2:
-            d = flag(d, f"the scan ends within the brain ({face:.0f} cm2 of it lie on one side); places may be off")
         d[self.keys[0]] = image
         # the mask moves with the scan from here on: same affine, same history
         d[self.mask_key] = MetaTensor(mask).copy_meta_from(image)
@@ -169,13 +166,23 @@ class BrainMaskd(MapTransform):
             inside = torch.as_tensor(FillHoles()(close_mask(inside, voxel, self.close_mm)))
         return inside
 
+    def _doubted(self, outline: torch.Tensor, image: MetaTensor, name: str) -> torch.Tensor:
+        """What is brain where what is not 0 goes through a side of the volume: the outline of a stripped brain that is
+        cut off or cropped close; of a small head on blanked air, whose neck does so, what is found in it.
+        """
+        try:
+            found = self._computed(image, name)
+        except InputError:
+            return outline
+        return outline if found.sum() > _STRIPPED_SHARE * outline.sum() else found
+
     def _computed(self, image: MetaTensor, name: str) -> torch.Tensor:
         if self.method == "none":
             raise InputError(
                 f"{name}: not skull-stripped and no brain mask given; pass its mask with --brain_mask FILE"
             )
         try:
-            mask = STRIPPERS[self.method](image, self.device)
+            mask = _without_padding(STRIPPERS[self.method], image, self.device)
         except InputError:
             raise
         except torch.cuda.OutOfMemoryError:
@@ -190,6 +197,24 @@ class BrainMaskd(MapTransform):
                 f"{name}: no brain but {volume_ml:.0f} ml were found by {self.method}; is it a scan of a head?"
             )
         return torch.as_tensor(mask.astype(np.float32))[None]
+
+
+def _without_padding(strip: Callable[[MetaTensor, str], np.ndarray], image: MetaTensor, device: str) -> np.ndarray:
+    """``strip`` on the box of what is not 0, where that is a third of the volume or less: in wider paddings deepbet
+    finds no brain.
+    """
+    boxes = ndimage.find_objects((image.as_tensor()[0] != 0).numpy().astype(np.uint8))
+    box = boxes[0] if boxes else (slice(None),) * 3
+    mask = np.zeros(image.shape[1:], bool)
+    if 3 * mask[box].size > mask.size:
+        return strip(image, device)
+    shift = np.eye(4)
+    shift[:3, 3] = [edge.start for edge in box]
+    inner = MetaTensor(
+        image.as_tensor()[(slice(None), *box)].contiguous(), affine=image.affine @ torch.as_tensor(shift)
+    )
+    mask[box] = strip(inner, device) > 0
+    return mask
 
 
 def _check_given(mask: torch.Tensor, image: MetaTensor, file: str, largest_ml: float) -> None:

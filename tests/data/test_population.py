@@ -10,7 +10,6 @@ from bundle.data.population import (
     read_maps,
     write_maps,
 )
-from bundle.errors import InputError
 
 
 def test_median_ignores_nan_like_numpy():
@@ -65,6 +64,6 @@ def test_maps_come_back_as_they_were_written(tmp_path):
     np.testing.assert_allclose(back["mean"], maps["mean"], atol=2e-3)
     np.testing.assert_array_equal(back["spread"], maps["spread"])
     write_maps(tmp_path / "maps.nii.gz", {name: m.flip(1) for name, m in maps.items()}, np.eye(4))
-    with pytest.raises(InputError, match=r"maps\.nii\.gz: is not the file that belongs to"):
+    with pytest.raises(ValueError, match=r"maps\.nii\.gz is not the file that was written with it"):
         read_maps(tmp_path / "maps.nii.gz", index)
     assert set(read_maps(tmp_path / "maps.nii.gz", {k: m for k, m in index.items() if k != "sha256"})) == set(maps)

@@ -12,7 +12,7 @@ from scipy import ndimage
 from bundle.data import load_atlas
 from bundle.errors import InputError
 from bundle.transforms import BrainMaskd
-from bundle.transforms.brain import STRIPPERS, close_mask
+from bundle.transforms.brain import STRIPPERS, close_mask, is_stripped, largest_face_cm2
 from tests.conftest import ellipsoid, meta
 
 AFFINE = np.diag([4.0, 4.0, 4.0, 1.0])
@@ -86,6 +86,46 @@ def test_deepbet_strips_a_whole_head_without_a_gui(whole_head):
     assert 2 * (found & brain).sum() / (found.sum() + brain.sum()) > 0.95
     np.testing.assert_allclose(mask.affine, head.affine)
     assert not {"tkinter", "customtkinter"} & set(sys.modules)
+
+
+def test_wide_padding_changes_nothing(whole_head):
+    head, brain = whole_head
+    wide = [(150, 90), (130, 100), (90, 90)]
+    affine = head.affine.numpy() @ [[1, 0, 0, -150], [0, 1, 0, -130], [0, 0, 1, -90], [0, 0, 0, 1]]
+    mask = BrainMaskd()({"image": meta(np.pad(head[0].numpy(), wide), affine)})["brain_mask"][0].numpy() > 0
+    found = mask[150:-90, 130:-100, 90:-90]
+    assert found.sum() == mask.sum() and 2 * (found & brain).sum() / (found.sum() + brain.sum()) > 0.95
+
+
+def test_a_small_head_on_blanked_air_is_no_stripped_brain(whole_head):
+    """Its neck goes through a side of the volume; so it is looked at, though what is not 0 is not much."""
+    head, brain = whole_head
+    scan, half = head[0].numpy().copy(), np.diag([0.8, 0.8, 0.8, 1.0])
+    scan[ndimage.distance_transform_edt(brain == 0) * 2 > 15] = 0
+    neck = np.hypot(*(np.indices(scan.shape)[:2] - np.array([[[[60]]], [[[55]]]]))) < 26
+    scan[:, :, :20][neck[:, :, :20] & (scan[:, :, :20] == 0)] = 0.3 * scan.max()
+    image = meta(scan, head.affine.numpy() @ half)
+    assert is_stripped(image) and largest_face_cm2(torch.as_tensor(scan != 0)[None], image) > 40
+    out = BrainMaskd()({"image": image})
+    found = out["brain_mask"][0].numpy() > 0
+    assert 2 * (found & brain).sum() / (found.sum() + brain.sum()) > 0.9 and "flags" not in out
+
+
+def test_a_brain_that_is_cut_off_is_told(whole_head):
+    head, brain = whole_head
+    at = int(np.argwhere(brain)[:, 2].max()) - 25  # 50 mm below the top
+    cut = meta(head[0].numpy()[:, :, :at], head.affine.numpy())
+    out = BrainMaskd()({"image": cut})
+    area = float(out["brain_mask"][0, :, :, -1].sum()) * 4 / 100
+    assert area > 40 and f"the scan ends within the brain ({area:.0f} cm2" in out["flags"]
+    assert largest_face_cm2(out["brain_mask"].as_tensor(), cut) == pytest.approx(area)
+
+
+def test_values_with_an_offset_are_told(whole_head):
+    head, _ = whole_head
+    assert "flags" not in BrainMaskd()({"image": head})
+    shifted = meta(head[0].numpy() + 2 * float(head.max()), head.affine.numpy())
+    assert "was something added to its values" in BrainMaskd()({"image": shifted})["flags"]
 
 
 @pytest.mark.parametrize("scan", [np.zeros((40, 40, 40)), np.random.rand(3, 10, 10) + 1], ids=["zeros", "tiny"])
