@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bundle.errors import InputError
-from bundle.parallel import gather, is_main, join_processes, local_device
+from bundle.parallel import gather, is_main, join_processes, local_device, share_out
 from tests.conftest import ROOT, run_bundle
 
 
@@ -107,3 +107,11 @@ def test_more_processes_than_gpus_are_told(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(InputError, match=r"process 2 has no GPU.*--nproc_per_node=1"):
         local_device()
+
+
+def test_processes_that_wait_for_each_other_need_a_scan_each(monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    assert list(share_out(range(8), each=True)) == [2, 5] and list(share_out(range(2))) == []
+    with pytest.raises(InputError, match=r"3 processes, but 2 scans in 'validation'.*--nproc_per_node=2"):
+        share_out(range(2), each=True)

@@ -342,6 +342,7 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     os.utime(other, (0, 0))  # older than the result
     again = succeed("inference", "inference", grid_file, *use, "--dataset_dir", other, "--min_lesion_mm3", 99)
     assert "[1/1] plain" in again and "done before" not in again
+    assert "plain: its results in" in again and "are of another file, and will be replaced" in again
 
     overrides = {**GRID, "min_lesion_mm3": 99.0, "ckpt_dir": str(models), "bias_field": "none", "alignment": "none"}
     overrides["brain_recovery"] = "none"
@@ -353,6 +354,12 @@ def test_inference_answers_in_the_scans_own_space_and_survives_a_bad_scan(models
     assert found.summary["max_score"] == pytest.approx(found.heatmap.max(), abs=1e-6)
     swapped = LesionFinder("t1", device="cpu", **overrides)(turned.astype(">f4"), affine)  # as of FreeSurfer's files
     np.testing.assert_array_equal(swapped.heatmap, found.heatmap)
+    for wrong, message in (
+        ({"operating_piont": "strict"}, "operating_piont: nothing of that name"),
+        ({"contrast": "T1"}, "unknown"),
+    ):
+        with pytest.raises(InputError, match=message):
+            LesionFinder(**{"contrast": "t1", "device": "cpu", **overrides, **wrong})
     with pytest.raises(InputError, match="one grey value"):
         LesionFinder("t1", device="cpu", **overrides)(turned * 1j, affine)
     with pytest.raises(InputError, match="has 2 dimensions"):
@@ -610,17 +617,34 @@ def test_it_runs_from_another_folder(models, cohort, grid_file, tmp_path):
 
 
 def test_ablation_measures_every_score_as_the_evaluation_does(models, cohort, grid_file, tmp_path):
+    items = json.loads((cohort / "datalist.json").read_text())["test"]
+    for item in items:  # of each lesion a half is of a kind that is to be ignored
+        label = nib.load(cohort / item["label"])
+        lesion = np.asarray(label.dataobj) > 0
+        half = np.cumsum(lesion).reshape(lesion.shape) > lesion.sum() / 2
+        item |= {key: str(cohort / item[key]) for key in ("image", "brain_mask")} | {"ignored_labels": [2]}
+        item["label"] = str(write_nifti(tmp_path / f"{item['subject']}.nii.gz", lesion * (1 + half), label.affine))
+    (tmp_path / "datalist.json").write_text(json.dumps({"test": items}))
     out = tmp_path / "figures.json"
     command = [sys.executable, ROOT / "scripts/ablation.py", "--ckpt_dir", models, "--healthy", cohort]
-    command += ["--test", f"phantoms={cohort}:test", "--filter_mm", "0", "3", "--output", out, "--quantile", 0.99]
+    command += ["--test", f"phantoms={tmp_path}:test", "--filter_mm", "0", "3", "--output", out, "--quantile", 0.99]
     command += ["--fusion", "sum:atlas_z=1,asymmetry=0.5,location=1", "--picture", tmp_path / "maps.png"]
     command += ["--set", *(f"{k}={v}" for k, v in GRID.items())]
     said = output_of(run_here(command, tmp_path))
     figures = json.loads(out.read_text())
     assert set(figures) == {"filter 0 mm", "filter 3 mm"} and "| location |" in said
-    use = ("--dataset_dir", cohort, "--ckpt_dir", models, "--output_dir", tmp_path, "--threshold_quantile", 0.99)
+    use = (
+        "--dataset_dir",
+        tmp_path,
+        "--ckpt_dir",
+        models,
+        "--output_dir",
+        tmp_path / "out",
+        "--threshold_quantile",
+        0.99,
+    )
     succeed("evaluation", "evaluate", grid_file, *use)
-    methods = json.loads((tmp_path / "metrics.json").read_text())["methods"]
+    methods = json.loads((tmp_path / "out/metrics.json").read_text())["methods"]
     rows = figures["filter 3 mm"]["phantoms"]
     for name in ("location", "atlas_z", "intensity", "all_positive"):
         assert rows[name]["auprc"] == pytest.approx(methods[name]["auprc_mean"], abs=1e-3)

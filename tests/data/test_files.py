@@ -1,13 +1,14 @@
 import json
+import os
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from bundle.data.files import atomic_path, claim_folder, read_json, write_json
+from bundle.data.files import atomic_path, claim_folder, read_json, write_json, write_text
 from bundle.data.formats import stem
 from bundle.data.volumes import nifti_header, write_volume
-from bundle.errors import InputError
+from bundle.errors import InputError, explain, flag
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -80,3 +81,11 @@ def test_volume_keeps_geometry_and_units(tmp_path):
 
 def test_stem():
     assert [stem(n) for n in ("a/b.nii.gz", "b.NII", "b.x.nii")] == ["b", "b", "b.x"]
+
+
+def test_names_that_are_no_utf8_can_be_written(tmp_path):
+    name = os.fsdecode(b"M\xfcller")
+    write_text(tmp_path / "a.csv", f"{name} \u2264\n")
+    assert (tmp_path / "a.csv").read_text(encoding="utf-8") == "M?ller \u2264\n"
+    explain(InputError(f"{name}: not there")).encode()
+    flag({}, f"{name} lies badly")["flags"].encode()

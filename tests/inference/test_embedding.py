@@ -154,6 +154,9 @@ def test_kept_only_while_scans_are_matched_in_the_same_way(tmp_path, capsys, mon
         monkeypatch.setattr("bundle.inference.embedding.MATCHING", matching)
         fit_embedding(*use)
         assert ("of the same model, range and scans already" in capsys.readouterr().out) == kept
+    path.with_name("embedding_t1_mean.nii.gz").unlink()  # a file of it that is gone is made again
+    fit_embedding(*use)
+    load_embedding(path, model)
 
 
 def test_too_few_people_and_networks_without_are_left_alone(tmp_path, capsys):

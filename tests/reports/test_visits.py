@@ -1,6 +1,7 @@
 import json
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -47,6 +48,10 @@ def test_an_answer_is_the_rule_on_the_leading_scans_voxels(tmp_path):
         "flair": scan(tmp_path, "flair", {"here": 2.0}),
     }
     parts["t2"][1]["status"] = "flagged: lies badly"
+    file = parts["flair"][0]["image"]
+    image = nib.load(file).get_fdata()
+    image[12, 15, 10] = np.nan  # which the scan's own answer fills
+    write_nifti(tmp_path / "flair.nii.gz", image, AFFINE)
     answer = combiner().answer(tmp_path / "out", "anna_combined", parts)
     assert answer["contrasts"] == ["flair", "t2"] and answer["flags"] == "t2: lies badly"
     scores, found = {}, {}

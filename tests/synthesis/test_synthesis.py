@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -278,6 +279,15 @@ def test_raw_scans_lie_in_their_own_head(tmp_path, anatomy):
     values = np.asarray(scan.dataobj)
     assert values.dtype == np.int16 and ((values > 0) == (anatomy["brain_mask"][0].numpy() > 0)).all()
     assert 400 < np.percentile(values[values > 0], 99) < 700
+
+    others = [
+        {**item, "image": f"{n}.nii.gz", **({"subject": "IXI1"} if n < 2 else {"subject": None})} for n in range(3)
+    ]
+    for other in others:
+        shutil.copy(tmp_path / "in/image.nii.gz", tmp_path / "in" / other["image"])
+    (tmp_path / "in/datalist.json").write_text(json.dumps({"training": others}))
+    several = write_scans(tmp_path / "in", tmp_path / "several", "flair", load, scale, raw=True)
+    assert sorted(f.name for f in several.rglob("*.nii.gz")) == [f"{n}_r0_flair.nii.gz" for n in range(3)]
 
     recipe = load_recipe(ROOT / "configs/datasets", "synthetic")
     with pytest.raises(InputError, match="IXI1 is in 'tuning' and in 'calibration'"):

@@ -175,3 +175,14 @@ def test_contrasts_without_such_a_level_have_one_z_score(tmp_path, anatomy, brai
     maps = load_normative(tmp_path / "normative_flair.json")
     image = people[0]["image"].as_tensor()
     assert maps.telling_mean is None and torch.equal(maps.z(image, "flair"), maps.z(image, "flair", telling=True))
+
+
+def test_a_map_without_its_file_is_made_again(tmp_path):
+    people = [{"image": meta(np.random.default_rng(k).uniform(0.5, 1, (8, 8, 8)))} for k in range(3)]
+    grid = {"spacing": 2.0, "spatial_size": [8, 8, 8], "center": [0, 0, 0]}
+    path = tmp_path / "normative_t1.json"
+    fit_normative(people, path, "t1", grid)
+    before = path.with_suffix(".nii.gz").read_bytes()
+    path.with_suffix(".nii.gz").unlink()
+    fit_normative(people, path, "t1", grid)
+    assert path.with_suffix(".nii.gz").read_bytes() == before
