@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -217,7 +218,8 @@ def fit_normative(
     spread_mm: float = SPREAD_MM,
     keep: bool = False,
 ) -> None:
-    """Fit the normative map to healthy scans and write it, unless the very same lies there already.
+    """Fit the normative map to healthy scans and write it, unless the very same lies there already. Another one that
+    lies there is copied to ``checkpoints/earlier_maps_K`` first, with what was calibrated with it.
 
     Nothing is trained on it by gradient, so every healthy scan belongs in it but those that thresholds come from.
 
@@ -256,11 +258,26 @@ def fit_normative(
                 held = population_maps(values.clamp(*between), *sigmas)
                 maps |= zip(("telling_mean", "telling_spread"), held)
             affine = coarse_affine(np.asarray(dataset[0]["image"].affine), factor)  # type: ignore[attr-defined]
+            _set_aside(Path(path), contrast)
             index = write_maps(Path(path).with_suffix(".nii.gz"), maps, affine)
             write_json(path, {**facts, "maps": index})
         print(f"{path}: how bright {len(values)} healthy {contrast} scans are at every place", flush=True)
     if dist.is_initialized():
         dist.barrier()
+
+
+def _set_aside(path: Path, contrast: str) -> None:
+    """Copy a map that will be replaced, with calibration and embedding, without which a model is of no use."""
+    kinds = ("normative", "calibration", "embedding")
+    files = sorted(f for kind in kinds for f in path.parent.glob(f"{kind}_{contrast}*") if f.is_file())
+    if not path.is_file():
+        return
+    folders = (path.parent / "checkpoints" / f"earlier_maps_{number}" for number in range(1, 10**6))
+    away = next(folder for folder in folders if not folder.exists())
+    away.mkdir(parents=True)
+    for file in files:
+        shutil.copy2(file, away / file.name)
+    print(f"{away}: a copy of the normative map that this one replaces, and of what was calibrated with it", flush=True)
 
 
 def _is_whole(path: str | Path, made_from: Any) -> bool:

@@ -186,3 +186,9 @@ def test_a_map_without_its_file_is_made_again(tmp_path):
     path.with_suffix(".nii.gz").unlink()
     fit_normative(people, path, "t1", grid)
     assert path.with_suffix(".nii.gz").read_bytes() == before
+    (tmp_path / "calibration_t1.json").write_text("{}")
+    (tmp_path / "calibration_t2.json").write_text("{}")
+    fit_normative(people[::-1], path, "t1", grid)  # of other scans, as far as it knows
+    aside = tmp_path / "checkpoints/earlier_maps_2"  # the first is of the map whose file was gone
+    assert {f.name for f in aside.iterdir()} == {"calibration_t1.json", "normative_t1.json", "normative_t1.nii.gz"}
+    assert (aside / "normative_t1.nii.gz").read_bytes() == before
