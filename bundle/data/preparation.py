@@ -50,8 +50,10 @@ class Preparation:
         or is to be done again: of another file or with other settings, or its results are gone.
         """
         done = _read_record(self._file(scan))
-        if done.get("made_from") != self._made_from(scan) or "item" not in done:
-            return done if done.get("made_from") == self._made_from(scan) else {}
+        if done.get("made_from") != self._made_from(scan):
+            return {}
+        if "item" not in done:
+            return done
         item, now = done["item"], self._sources(scan)
         before = {key: self.dataset_dir / file for key, file in item.get("source", {}).items()}
         # scans may move, but another file of the same size and time, beside the one of before, is another scan

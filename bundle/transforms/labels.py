@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,11 @@ class CheckLabelsd(MapTransform):
             if share == 0:
                 raise InputError(f"{file}: its lesions lie outside the scan; is it of the same person and space?")
             apart = _apart_mm(d[key], d[self.image_key]) if d[key].shape == d[self.image_key].shape else 0.0
+            name = Path(str(file)).name
             if apart > _LARGEST_SHIFT_MM:
-                d = flag(
-                    d, f"{file}: has the voxels of its scan, but lies up to {apart:.0f} mm elsewhere by its header"
-                )
+                d = flag(d, f"{name} has its scan's voxels, but lies up to {apart:.0f} mm elsewhere by its header")
             elif share < 0.5:
-                d = flag(d, f"{file}: {1 - share:.0%} of its lesions lie outside the scan")
+                d = flag(d, f"{name}: {1 - share:.0%} of its lesions lie outside the scan")
         return d
 
 
