@@ -81,7 +81,7 @@ def prepare_cohort(
         dataset_dir: result; what is there already, from the same files and settings, is kept.
         preprocessing, settings, draw_alignment, atlas: see `Preparation`.
         draw_contact_sheet: called with the sheets' paths and the path to write; None draws none.
-        seed: of the split.
+        seed: of the split; who has a section by the list of an earlier run keeps it.
         num_workers: processes; 0 takes this one, which a task with one core should.
         record: called with the folder and "preparation" before the work, see `bundle.command_line.record_run`.
         splits_file, dataset, fold: lists of people, which take the place of the recipe's splits; see `read_splits`.

@@ -25,7 +25,11 @@ _FEWEST_SLICES = 4
 # words of a series' description, and times in ms where it has none
 _NO_SCAN = {"loc", "localizer", "scout", "survey", "adc", "dwi", "dti", "trace", "swi", "perf", "asl", "bold", "mip"}
 _NO_SCAN |= {"pd", "post", "mra", "tof", "t2star"}
-_AGENT = {"gd", "gad", "gado", "gadolinium", "ce", "km"}  # km: Kontrastmittel
+_AGENT = {"gd", "gad", "gado", "gadolinium", "ce"}
+# joined to the contrast, or after it or a plus; "km" is Kontrastmittel there, and anybody's initials elsewhere
+_AGENT_AFTER = re.compile(
+    rf"t1w?({'|'.join(_AGENT)}|km|c)(?![a-z])|(t1w?|flair)[\W_]+(post|km)(?![a-z])|\+\s*({'|'.join(_AGENT)}|km|c|contrast)(?![a-z])"
+)
 _NO_SCAN_MODALITIES = {"SEG", "RTSTRUCT", "SR", "PR", "KO"}
 _T1_NAMES = {"mprage", "spgr", "fspgr", "bravo", "tfl", "tfe", "mp2rage"}
 
@@ -178,8 +182,7 @@ def named_contrast(text: str) -> str | None:
 
 def names_agent(text: str) -> bool:
     """Whether a name or description tells of a contrast agent: "T1 post Gd", "t1ce", "T1w +C"."""
-    agents = "|".join(_AGENT)
-    return bool(_words(text) & _AGENT or re.search(rf"t1w?({agents}|c)(?![a-z])|\+\s*c(?![a-z])", text.lower()))
+    return bool(_words(text) & _AGENT or _AGENT_AFTER.search(text.lower()))
 
 
 def _words(text: str) -> set[str]:

@@ -239,16 +239,19 @@ def is_there(path: str | Path) -> bool:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """Files in a folder and below, sorted, but hidden ones; links to folders are followed once, and links that lead
-    nowhere count as files.
+    """Files in a folder and below, sorted, but hidden ones; links to folders elsewhere are followed once (what lies in
+    the folder itself has its own name), and links that lead nowhere count as files.
     """
     found: list[Path] = []
     visited: set[str] = set()
+    root = os.path.realpath(folder)
     for place, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(place) in visited:
             folders.clear()
             continue
         visited.add(os.path.realpath(place))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links = {name: Path(place) / name for name in folders if (Path(place) / name).is_symlink()}
+        inner = {name for name, link in links.items() if Path(os.path.realpath(link)).is_relative_to(root)}
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in inner)
         found += [Path(place) / name for name in names if not name.startswith(".")]
     return sorted(file for file in found if file.is_file() or file.is_symlink())

@@ -39,7 +39,7 @@ def files_of(path: str | Path) -> list[Path]:
     """
     path = Path(path)
     if path.is_dir():
-        return sorted(f for f in path.rglob("*") if f.is_file())
+        return sorted(f for f in path.iterdir() if f.is_file())
     if path.suffix.lower() in (".hdr", ".img", ".mhd", ".nhdr"):
         return sorted(f for f in path.parent.glob(f"{escape(path.stem)}.*") if f.is_file())
     return [path] if path.exists() else []

@@ -57,7 +57,7 @@ class Preparation:
         item, now = done["item"], self._sources(scan)
         before = {key: self.dataset_dir / file for key, file in item.get("source", {}).items()}
         # scans may move, but another file of the same size and time, beside the one of before, is another scan
-        if any(f.exists() and key in now and not f.samefile(self.dataset_dir / now[key]) for key, f in before.items()):
+        if any(f.exists() and key in now and not f.samefile(scan[key]) for key, f in before.items()):
             return {}
         if not all((self.dataset_dir / item[key]).is_file() for key in VOLUME_KEYS if key in item):
             return {}
@@ -91,7 +91,10 @@ class Preparation:
             return done["item"]
         data = self.preprocessing({key: scan[key] for key in (*VOLUME_KEYS, "contrast") if key in scan})
         if data.get("has_lesions") and not (data["label"] > 0).any():
-            raise InputError(f"{scan['label']}: none of its lesions lies on the grid; it would count as healthy")
+            raise InputError(
+                f"{scan['label']}: nothing of its lesions is left on the grid, as they are too small for it or lie "
+                "outside of it; it would count as healthy"
+            )
         atlas = load_atlas(self.atlas)
         overlap = atlas_overlap(data["brain_mask"], atlas)
         item: dict[str, Any] = {key: f"{key}s/{name}.nii.gz" for key in VOLUME_KEYS if key in data}

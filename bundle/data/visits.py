@@ -91,6 +91,8 @@ def _told(scan: Mapping[str, Any]) -> str | None:
     if named_contrast(stem(scan["image"])) is None and not scan.get("contrast"):
         return None
     told = [c for word in _words(scan) if (c := named_contrast(word))]
+    if "flair" in told and set(told) <= {"flair", "t2"}:  # "T2_FLAIR", "FLAIR_T2"
+        told = ["flair"]
     contrast = scan.get("contrast") or next(reversed(told), None)
     return contrast if contrast in CONTRASTS else None
 

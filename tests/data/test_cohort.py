@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -273,3 +274,24 @@ def test_the_recipes_contrast_chooses_among_series(tmp_path):
     with pytest.raises(InputError, match="seen"):
         Preparation(tmp_path, chain)(scan)
     assert seen == {"image": str(tmp_path), "contrast": "t2"}
+
+
+def test_links_within_a_cohort_and_to_a_dataset_change_nothing(tmp_path):
+    touch(tmp_path, *(f"raw/sub-0{k}/T1.nii" for k in (1, 2)))
+    (tmp_path / "raw/latest").symlink_to(tmp_path / "raw/sub-02")
+    recipe = Recipe({"t1": "{subject}/T1.nii"})
+    found = find_scans(recipe, tmp_path / "raw")
+    assert [scan["subject"] for scan in found] == ["sub-01", "sub-02"]
+    (tmp_path / "far/away/out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "far/away/out")
+    for folder in ("far/away/out", "out"):
+        prepare = Preparation(tmp_path / folder, dict)
+        item = {
+            "image": "images/a.nii.gz",
+            "source": {"image": os.path.relpath(found[0]["image"], tmp_path / "far/away/out")},
+        }
+        write_nifti(tmp_path / folder / item["image"], np.ones((3, 3, 3)))
+        write_json(
+            tmp_path / folder / "records/sub-01_t1.json", {"item": item, "made_from": prepare._made_from(found[0])}
+        )
+        assert prepare.record(found[0])["item"]["image"] == item["image"]

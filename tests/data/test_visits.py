@@ -44,6 +44,9 @@ def test_points_of_time_and_numbers_are_no_contrasts(tmp_path):
     assert found == {f"anna_T{t}_combined": [f"anna_T{t}_FLAIR", f"anna_T{t}_T1w"] for t in (1, 2)}
     assert visits(tmp_path / "people", "T1001.nii", "T2003.nii") == {}
     assert len(visits(tmp_path / "planes", "ax_t2_flair.nii", "sag_t2_flair.nii", "t1.nii")) == 1
+    assert visits(tmp_path / "order", "anna_FLAIR_T2.nii", "anna_T2.nii") == {
+        "anna_combined": ["anna_FLAIR_T2", "anna_T2"]
+    }
     found = visits(tmp_path / "usual", "bob_t1.nii", "bob_t2.nii", "bob_t2_flair.nii")
     assert found == {"bob_combined": ["bob_t1", "bob_t2", "bob_t2_flair"]}
 

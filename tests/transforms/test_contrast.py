@@ -122,9 +122,20 @@ def test_names_of_contrasts(text, contrast):
     [
         *(
             (t, True)
-            for t in ("BraTS-01_t1ce", "sub_t1gd", "T1w + C", "t1c", "T1 post gd", "ax t1 KM", "sub_T1CE_brain")
+            for t in (
+                "BraTS-01_t1ce",
+                "sub_t1gd",
+                "T1w + C",
+                "t1c",
+                "T1 post gd",
+                "ax t1 KM",
+                "sub_t1_post",
+                "FLAIR+contrast",
+                "T1 +Gd",
+                "sub_T1CE_brain",
+            )
         ),
-        *((t, False) for t in ("t1_cor", "T1_center2", "t1cube", "postop_T1w", "FLAIR", "t2_space")),
+        *((t, False) for t in ("t1_cor", "T1_center2", "t1cube", "postop_T1w", "FLAIR", "t2_space", "KM_T1w")),
     ],
 )
 def test_names_of_contrast_agents(models, text, agent):
