@@ -130,8 +130,9 @@ def load_datalist(
 def _tell_of_others(file: Path, content: Mapping[str, Any], section: str, images: set[str]) -> None:
     """Warn of images that are in another section, too."""
     for other in SECTIONS:
-        listed = content.get(other) if other != section else None
-        named = [i["image"] for i in listed or [] if isinstance(i, dict) and isinstance(i.get("image"), str)]
+        listed = content.get(other) if other != section else []
+        items = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+        named = [item["image"] for item in items if isinstance(item.get("image"), str)]
         both = len(images & {str(file.parent / image) for image in named})
         if both:
             warnings.warn(
