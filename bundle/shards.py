@@ -39,13 +39,16 @@ def scan_facts(scan: Mapping[str, Any]) -> dict[str, Any]:
         key: [f.stat() for f in (files_of(file) if file.is_file() or key == "image" else [])]
         for key, file in sorted(files.items())
     }
-    places = {key: hashlib.sha256(os.fsencode(file)).hexdigest()[:16] for key, file in files.items()}
-    return {k: [places[k], sum(f.st_size for f in s), max(f.st_mtime_ns for f in s)] for k, s in there.items() if s}
+    return {
+        key: [_place(files[key]), sum(f.st_size for f in stats), max(f.st_mtime_ns for f in stats)]
+        for key, stats in there.items()
+        if stats
+    }
 
 
-def _place(scan: Mapping[str, Any]) -> str:
-    """Hash of where a scan lies: paths may tell names."""
-    return hashlib.sha256(os.fsencode(Path(str(scan.get("image", ""))).resolve())).hexdigest()[:16]
+def _place(file: str | Path) -> str:
+    """Hash of where a file lies: paths may tell names."""
+    return hashlib.sha256(os.fsencode(Path(file).resolve())).hexdigest()[:16]
 
 
 def to_bytes(content: Any) -> bytes:
@@ -132,7 +135,8 @@ class Records:
             return
         item = self._by_key[_key(scan)]
         with atomic_path(self._path(item)) as temporary:
-            known = {"run": self._run(), "scan": self._scan(item), "content": content, "place": _place(item)}
+            known = {"run": self._run(), "scan": self._scan(item), "content": content}
+            known["place"] = _place(item.get("image", ""))
             temporary.write_bytes(to_bytes(known))
 
     def remove(self, item: Mapping[str, Any]) -> None:
@@ -141,7 +145,8 @@ class Records:
 
     def is_of_another(self, item: Mapping[str, Any]) -> bool:
         """Whether the record that has the name of a scan is of a file in another place."""
-        return self.on_disk and _read(self._path(item)).get("place", _place(item)) != _place(item)
+        place = _place(item.get("image", ""))
+        return self.on_disk and _read(self._path(item)).get("place", place) != place
 
     def read(self, item: Mapping[str, Any]) -> Any:
         """What is known of a scan; None if nothing is, or of another file or run."""

@@ -238,6 +238,14 @@ def is_there(path: str | Path) -> bool:
         return False
 
 
+def numbered_folder(parent: Path, name: str) -> Path:
+    """A new folder in ``parent``: the first of NAME_1, NAME_2 ... that is not there yet."""
+    folders = (parent / f"{name}_{number}" for number in range(1, 10**6))
+    folder = next(folder for folder in folders if not folder.exists())
+    folder.mkdir(parents=True)
+    return folder
+
+
 def visible_files(folder: Path) -> list[Path]:
     """Files in a folder and below, sorted, but hidden ones; links to folders elsewhere are followed once (what lies in
     the folder itself has its own name), and links that lead nowhere count as files.

@@ -300,10 +300,12 @@ def _fit(
 def _is_whole(path: Path, model_file: str | Path, made_from: str) -> bool:
     """Whether an embedding that was made from that lies there, with all its files."""
     try:
+        if read_json(path, "embedding").get("made_from") != made_from:
+            return False
         load_embedding(path, model_file)
-        return read_json(path, "embedding").get("made_from") == made_from
     except InputError:
         return False
+    return True
 
 
 def write_embedding(

@@ -113,8 +113,8 @@ class SaveFindings:
                 print(HINT)
             for name in self.finished:
                 print(f"{name}: done before, with the same settings")
-            for scan in self.scans:
-                if self.records.is_of_another(scan):
+            for scan in self.scans:  # the records of finished ones have been read, and are theirs
+                if scan["name"] not in self.finished and self.records.is_of_another(scan):
                     print(f"{scan['name']}: its results in {self.output_dir} are of another file, and will be replaced")
             print(f"{self.total} of {len(self.scans)} scans to look at, results go to {self.output_dir}", flush=True)
 

@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from torch.nn.parallel import DistributedDataParallel
 
 from bundle.command_line import record_run
-from bundle.data.files import claim_folder
+from bundle.data.files import claim_folder, numbered_folder
 from bundle.errors import InputError
 from bundle.networks.weights import load_weights, save_weights, write_torch
 from bundle.parallel import is_main
@@ -117,9 +117,7 @@ class TrainingCheckpoints:
         replaced = [] if model_file is None or not model_file.is_file() else [model_file]
         if not [*files, *replaced] or not is_main():
             return
-        number = next(k for k in range(1, 10**6) if not (self.folder / f"earlier_{k}").exists())
-        away = self.folder / f"earlier_{number}"
-        away.mkdir(parents=True)
+        away = numbered_folder(self.folder, "earlier")
         for file in files:
             file.rename(away / file.name)
         for file in replaced:

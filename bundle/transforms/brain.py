@@ -13,7 +13,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransform, ResampleToMatch
+from monai.transforms import FillHoles, KeepLargestConnectedComponent, MapTransform, ResampleToMatch, SpatialCrop
+from monai.transforms.utils import generate_spatial_bounding_box
 from scipy import ndimage
 from skimage.morphology import isotropic_closing
 
@@ -203,16 +204,12 @@ def _without_padding(strip: Callable[[MetaTensor, str], np.ndarray], image: Meta
     """``strip`` on the box of what is not 0, where that is a third of the volume or less: in wider paddings deepbet
     finds no brain.
     """
-    boxes = ndimage.find_objects((image.as_tensor()[0] != 0).numpy().astype(np.uint8))
-    box = boxes[0] if boxes else (slice(None),) * 3
+    start, end = generate_spatial_bounding_box(image, lambda values: values != 0)
     mask = np.zeros(image.shape[1:], bool)
-    if 3 * mask[box].size > mask.size:
+    box = tuple(map(slice, start, end))
+    if not 0 < 3 * mask[box].size <= mask.size:
         return strip(image, device)
-    shift = np.eye(4)
-    shift[:3, 3] = [edge.start for edge in box]
-    inner = MetaTensor(
-        image.as_tensor()[(slice(None), *box)].contiguous(), affine=image.affine @ torch.as_tensor(shift)
-    )
+    inner: Any = SpatialCrop(roi_start=start, roi_end=end)(image)
     mask[box] = strip(inner, device) > 0
     return mask
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from nibabel.filebasedimages import ImageFileError
 
 from bundle.data.datalist import CHAIN
-from bundle.data.files import claim_folder, read_json, write_json
+from bundle.data.files import claim_folder, numbered_folder, read_json, write_json
 from bundle.data.population import coarse_affine, coarsen, coarsening, population_maps, read_maps, write_maps
 from bundle.errors import InputError
 from bundle.parallel import is_main
@@ -268,22 +268,19 @@ def fit_normative(
 
 def _set_aside(path: Path, contrast: str) -> None:
     """Copy a map that will be replaced, with calibration and embedding, without which a model is of no use."""
-    kinds = ("normative", "calibration", "embedding")
-    files = sorted(f for kind in kinds for f in path.parent.glob(f"{kind}_{contrast}*") if f.is_file())
     if not path.is_file():
         return
-    folders = (path.parent / "checkpoints" / f"earlier_maps_{number}" for number in range(1, 10**6))
-    away = next(folder for folder in folders if not folder.exists())
-    away.mkdir(parents=True)
-    for file in files:
-        shutil.copy2(file, away / file.name)
+    away = numbered_folder(path.parent / "checkpoints", "earlier_maps")
+    for kind in ("normative", "calibration", "embedding"):
+        for file in path.parent.glob(f"{kind}_{contrast}*"):
+            shutil.copy2(file, away / file.name)
     print(f"{away}: a copy of the normative map that this one replaces, and of what was calibrated with it", flush=True)
 
 
 def _is_whole(path: str | Path, made_from: Any) -> bool:
     """Whether a map that was made from that lies there, with all its files."""
     try:
-        return Path(path).is_file() and load_normative(path).facts["made_from"] == made_from
+        return load_normative(path).facts["made_from"] == made_from
     except (InputError, KeyError):
         return False
 
